@@ -1,0 +1,131 @@
+"""IterationCheckpoint: save the run, counted in iterations."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning as L
+from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+
+from lightning_grpo.module import GRPOModule
+from lightning_grpo.types import Rollout
+
+
+class IterationCheckpoint(Checkpoint):
+    """Keep last.ckpt, the best one, and one of every n iterations, in <run>/checkpoints.
+
+    Args:
+        every_n_iterations: how often last.ckpt is replaced; it is always written at the end.
+        keep_every_n_iterations: also keep iteration_<i>.ckpt every so often; 0 keeps none.
+        monitor: validation metric that decides which checkpoint is best.ckpt; null keeps no best.
+        mode: whether the best is the largest (max) or the smallest (min); ties go to the newest.
+        on_exception: write last.ckpt on Ctrl-C, SIGTERM, and (on one process) on an error.
+    """
+
+    def __init__(
+        self,
+        every_n_iterations: int = 50,
+        keep_every_n_iterations: int = 0,
+        monitor: str | None = "val/pass_at_1",
+        mode: Literal["max", "min"] = "max",
+        on_exception: bool = True,
+    ) -> None:
+        if every_n_iterations < 1:
+            raise ValueError(
+                f"checkpoint.every_n_iterations must be at least 1, got {every_n_iterations}"
+            )
+        self.every_n_iterations = every_n_iterations
+        self.keep_every_n_iterations = keep_every_n_iterations
+        self.monitor = monitor
+        self.mode = mode
+        self.saves_on_exception = on_exception
+        self.best_score: float | None = None
+        self.folder = Path("checkpoints")
+        self._saved_step = -1
+
+    def setup(self, trainer: L.Trainer, module: GRPOModule, stage: str) -> None:
+        """Find the run's folder."""
+        self.folder = Path(trainer.log_dir or trainer.default_root_dir) / "checkpoints"
+
+    @property
+    def last_path(self) -> Path:
+        """Where the newest checkpoint is."""
+        return self.folder / "last.ckpt"
+
+    @property
+    def best_path(self) -> Path:
+        """Where the best checkpoint is."""
+        return self.folder / "best.ckpt"
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, module: GRPOModule, outputs: object, batch: Any, batch_idx: int
+    ) -> None:
+        """Save after the last minibatch of an iteration, when it is time, and at the very end."""
+        if trainer.fast_dev_run:
+            return
+        iterations = module.counters.iterations
+        is_over = is_last_batch(trainer)
+        if module.queue and not is_over:
+            return
+        if is_over or iterations % self.every_n_iterations == 0:
+            self.save(trainer, self.last_path)
+        keep = self.keep_every_n_iterations
+        if keep and not module.queue and iterations % keep == 0:
+            self.save(trainer, self.folder / f"iteration_{iterations:06d}.ckpt")
+
+    def on_validation_end(self, trainer: L.Trainer, module: GRPOModule) -> None:
+        """Keep this policy when it is the best so far."""
+        if self.monitor is None or trainer.state.fn != "fit" or trainer.fast_dev_run:
+            return
+        score = float(trainer.callback_metrics.get(self.monitor, math.nan))
+        if self.is_best(score):
+            self.best_score = score
+            self.save(trainer, self.best_path)
+
+    def is_best(self, score: float) -> bool:
+        """Whether a score is at least as good as every one before; NaN never is."""
+        if math.isnan(score):
+            return False
+        if self.best_score is None:
+            return True
+        return score >= self.best_score if self.mode == "max" else score <= self.best_score
+
+    def on_exception(
+        self, trainer: L.Trainer, module: GRPOModule, exception: BaseException
+    ) -> None:
+        """Save what there is, where every rank is sure to come by."""
+        reaches_all_ranks = isinstance(exception, (KeyboardInterrupt, SIGTERMException))
+        if not self.saves_on_exception or trainer.fast_dev_run or trainer.global_step == 0:
+            return
+        if trainer.world_size > 1 and not reaches_all_ranks:
+            return
+        if trainer.state.fn == "fit" and self._saved_step != trainer.global_step:
+            self.save(trainer, self.last_path)
+            rank_zero_info(f"stopped at step {trainer.global_step}; resume with --ckpt_path last")
+
+    def save(self, trainer: L.Trainer, path: Path) -> None:
+        """Write one checkpoint. Every rank has to call it."""
+        trainer.save_checkpoint(path, weights_only=False)
+        if path == self.last_path:
+            self._saved_step = trainer.global_step
+
+    def state_dict(self) -> dict[str, Any]:
+        """The best score, so that a resumed run does not replace a better checkpoint."""
+        return {"best_score": self.best_score}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take back the best score."""
+        self.best_score = state_dict["best_score"]
+
+
+def is_last_batch(trainer: L.Trainer) -> bool:
+    """Whether the batch that has just ended is the last one of the fit."""
+    if trainer.global_step >= trainer.max_steps > 0:
+        return True
+    max_epochs = trainer.max_epochs
+    is_last_epoch = max_epochs is not None and 0 < max_epochs <= trainer.current_epoch + 1
+    return is_last_epoch and trainer.fit_loop.epoch_loop.batch_progress.is_last_batch

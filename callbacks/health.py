@@ -1,0 +1,73 @@
+"""HealthWarnings: say what to do when a run goes on but cannot learn."""
+
+from __future__ import annotations
+
+import warnings
+
+import lightning as L
+
+from lightning_grpo.module import GRPOModule
+from lightning_grpo.types import Minibatch, MinibatchOutput, Rollout
+
+
+class HealthWarnings(L.Callback):
+    """Warn about runs that learn nothing, once each time the trouble begins.
+
+    Args:
+        dead_iterations: warn after so many iterations in a row without any spread in any group.
+        truncated_frac: warn when more of the completions than this were cut off.
+    """
+
+    def __init__(self, dead_iterations: int = 5, truncated_frac: float = 0.9) -> None:
+        self.dead_iterations = dead_iterations
+        self.truncated_frac = truncated_frac
+        self._num_dead = 0
+        self._was_truncated = False
+        self._was_dead = False
+
+    def on_minibatch_end(
+        self, trainer: L.Trainer, module: GRPOModule, minibatch: Minibatch, output: MinibatchOutput
+    ) -> None:
+        """Read what the first minibatch of an iteration has logged."""
+        if minibatch.index:
+            return
+        logged = trainer.callback_metrics
+        if "group/zero_std_frac" in logged:
+            self._check_groups(module, float(logged["group/zero_std_frac"]))
+        if "completion/truncated_frac" in logged:
+            self._check_lengths(module, float(logged["completion/truncated_frac"]))
+
+    def _check_groups(self, module: GRPOModule, zero_std_frac: float) -> None:
+        self._num_dead = self._num_dead + 1 if zero_std_frac >= 1 else 0
+        is_dead = self._num_dead >= self.dead_iterations
+        if is_dead and not self._was_dead:
+            warnings.warn(
+                f"in {self._num_dead} iterations in a row all completions of every prompt got "
+                "the same reward, so nothing is learned. If all rewards are 0: look at the "
+                "samples, and whether the reward finds the answer; use easier prompts or a cold "
+                "start. If all are 1: use harder prompts. Otherwise raise rollout.group_size or "
+                "rollout.temperature",
+                stacklevel=2,
+            )
+        self._was_dead = is_dead
+
+    def _check_lengths(self, module: GRPOModule, truncated_frac: float) -> None:
+        is_truncated = truncated_frac > self.truncated_frac
+        if is_truncated and not self._was_truncated:
+            limit = module.settings.sampling.max_completion_tokens
+            warnings.warn(
+                f"{truncated_frac:.0%} of the completions reached rollout.max_completion_tokens "
+                f"({limit}) without an end: raise it, or check that the model knows its EOS "
+                "token (rollout.stop_strings can end completions too)",
+                stacklevel=2,
+            )
+        self._was_truncated = is_truncated
+
+    def on_rewards_end(self, trainer: L.Trainer, module: GRPOModule, rollout: Rollout) -> None:
+        """Warn when no reward function scored anything."""
+        if rollout.rewards is not None and bool(rollout.rewards.isnan().all()):
+            warnings.warn(
+                "no reward function scored any completion of this rank (all returned None), so "
+                "this rollout teaches nothing",
+                stacklevel=2,
+            )

@@ -1,0 +1,161 @@
+"""RolloutGeneration: when the replay queue is empty, complete the next prompts."""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import Any
+
+import lightning as L
+
+from lightning_grpo.loaders import Slot
+from lightning_grpo.distributed import failing_together
+from lightning_grpo.generation import EngineName, Sampling
+from lightning_grpo.hooks import pass_through_hook
+from lightning_grpo.metrics import MetricSums
+from lightning_grpo.module import GRPOModule
+from lightning_grpo.policy import eos_token_ids
+from lightning_grpo.rollout import RolloutSettings
+from lightning_grpo.scoring import evaluating
+from lightning_grpo.types import Rollout
+
+
+class RolloutGeneration(L.Callback):
+    """Complete N prompts G times each with the policy as it is.
+
+    Args:
+        group_size: G, completions per prompt in training.
+        temperature: divides the logits, > 0.
+        top_k: keep the k most probable tokens; 0 keeps all.
+        top_p: keep the smallest set of tokens with at least this probability, (0, 1].
+        max_completion_tokens: C, the longest completion in tokens, EOS included.
+        stop_strings: texts that end a completion, besides the model's EOS ids.
+        engine: transformers runs every model through its own `generate`.
+        max_rows: rows decoded at a time; 0 decodes all at once.
+        num_val_samples: completions per prompt in validation, test and predict.
+        pass_k: the k of pass@k, at most `num_val_samples`; that number itself when null.
+        val_temperature: temperature of validation, test and predict, 0 for greedy; the training
+            temperature when null.
+        seed: part of the key of every draw; the run's seed_everything when null.
+    """
+
+    def __init__(
+        self,
+        group_size: int = 8,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        max_completion_tokens: int = 256,
+        stop_strings: list[str] | None = None,
+        engine: EngineName = "transformers",
+        max_rows: int = 0,
+        num_val_samples: int = 4,
+        pass_k: int | None = None,
+        val_temperature: float | None = None,
+        seed: int | None = None,
+    ) -> None:
+        sampling = Sampling(temperature, top_k, top_p, max_completion_tokens, stop_strings or [])
+        val_sampling = Sampling(
+            temperature if val_temperature is None else val_temperature,
+            top_k,
+            top_p,
+            max_completion_tokens,
+            stop_strings or [],
+        )
+        self.seed = seed
+        self.settings = RolloutSettings(
+            group_size=group_size,
+            sampling=sampling,
+            val_sampling=val_sampling,
+            engine=engine,
+            max_rows=max_rows,
+            num_val_samples=num_val_samples,
+            pass_k=num_val_samples if pass_k is None else pass_k,
+            seed=0 if seed is None else seed,
+        )
+
+    def setup(self, trainer: L.Trainer, module: GRPOModule, stage: str) -> None:
+        """Hand the settings to the module; refuse groups the algorithm cannot use."""
+        if stage == "fit":
+            module.algorithm.check_group_size(self.settings.group_size)
+        if self.seed is None:
+            self.settings = self.settings.with_seed(int(os.environ.get("PL_GLOBAL_SEED", 0)))
+        module.rollout_settings = self.settings
+
+    def on_fit_start(self, trainer: L.Trainer, module: GRPOModule) -> None:
+        """Check what the model and the data allow before anything is generated."""
+        check_can_complete(module, longest_prompt_tokens(trainer))
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, module: GRPOModule, batch: Slot, batch_idx: int
+    ) -> None:
+        """Make the next rollout when every minibatch of the last one is used up."""
+        if module.queue:
+            return
+        start = time.perf_counter()
+        with failing_together(module, "generating completions"):
+            prompts = trainer.datamodule.next_prompts()  # type: ignore[attr-defined]
+            module.phase.enter("generating", len(prompts) * self.settings.group_size)
+            with evaluating(module.policy), trainer.precision_plugin.forward_context():
+                rollout = module.make_rollout(prompts, is_training=True)
+        if module.old_policy is not None:
+            module.old_policy.refresh()
+        module.rollout = pass_through_hook(trainer, "on_rollout_end", module, rollout)
+        seconds = time.perf_counter() - start
+        module.phase.spend("generating", seconds)
+        self._log(module, module.rollout, seconds)
+
+    def _log(self, module: GRPOModule, rollout: Rollout, seconds: float) -> None:
+        num_tokens = rollout.completion_mask.sum()
+        num_rows = num_tokens.new_tensor(len(rollout))
+        sums = MetricSums()
+        sums.add(
+            {
+                "completion/tokens_mean": (num_tokens, num_rows),
+                "completion/truncated_frac": (rollout.truncated.sum(), num_rows),
+                "num_completions": (num_rows, num_rows.new_tensor(module.num_ranks)),
+            }
+        )
+        ones = module.num_ranks
+        means = sums.reduce(module.sum_over_ranks)
+        num_completions = round(means.pop("num_completions") * ones)
+        total_tokens = round(means["completion/tokens_mean"] * num_completions)
+        module.counters.completions += num_completions
+        module.counters.tokens += total_tokens
+        metrics: dict[str, Any] = {
+            **means,
+            "time/rollout_s": seconds,
+            "throughput/completion_tokens_per_s": total_tokens / seconds,
+        }
+        module.log_dict(metrics, batch_size=1)
+
+
+def longest_prompt_tokens(trainer: L.Trainer) -> int:
+    """Tokens of the longest prompt the data module will give."""
+    return int(trainer.datamodule.longest_prompt)  # type: ignore[attr-defined]
+
+
+def check_can_complete(module: GRPOModule, num_prompt_tokens: int) -> None:
+    """Check that completions can end, and fit into the model's positions.
+
+    Args:
+        module: with its policy loaded.
+        num_prompt_tokens: of the longest prompt.
+
+    Raises:
+        ValueError: no EOS and no stop string, or too many tokens.
+    """
+    sampling = module.settings.sampling
+    if not eos_token_ids(module.policy, module.tokenizer) and not sampling.stop_strings:
+        raise ValueError(
+            f"neither the tokenizer nor the generation config of {module.name_or_path!r} has an "
+            "EOS token, so no completion would ever end: set rollout.stop_strings"
+        )
+    limit = module.policy.max_positions
+    total = num_prompt_tokens + sampling.max_completion_tokens
+    if limit is not None and total > limit:
+        raise ValueError(
+            f"the longest prompt ({num_prompt_tokens} tokens) and rollout.max_completion_tokens "
+            f"({sampling.max_completion_tokens}) make {total} tokens, but the model has only "
+            f"{limit} positions: lower data.max_prompt_tokens or rollout.max_completion_tokens"
+        )

@@ -1,0 +1,80 @@
+"""Drawing tokens: a random number for each draw from its key, and the inverse of the CDF."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers import TopKLogitsWarper, TopPLogitsWarper
+
+from lightning_grpo.generation.protocol import Sampling, SamplingKey
+
+# splitmix64: increment and multipliers as signed 64-bit integers.
+_INCREMENT = 0x9E3779B97F4A7C15 - (1 << 64)
+_MULTIPLIERS = (0xBF58476D1CE4E5B9 - (1 << 64), 0x94D049BB133111EB - (1 << 64))
+
+
+def _shift_right(x: Tensor, bits: int) -> Tensor:
+    # torch shifts signed integers arithmetically; the mask makes it a logical shift.
+    return (x >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def _mix(x: Tensor) -> Tensor:
+    x = x + _INCREMENT
+    x = (x ^ _shift_right(x, 30)) * _MULTIPLIERS[0]
+    x = (x ^ _shift_right(x, 27)) * _MULTIPLIERS[1]
+    return x ^ _shift_right(x, 31)
+
+
+def keyed_uniforms(key: SamplingKey, group_ids: Tensor, rows: Tensor, position: int) -> Tensor:
+    """One uniform number per row that depends on its key and on nothing else.
+
+    u = hash(seed, iteration, group, row, position) / 2^53
+
+    No generator state is involved, so a draw does not depend on the rank that makes it, on the
+    other rows of the batch, or on what was drawn before.
+
+    Source: splitmix64, Steele, Lea, Flood, "Fast splittable pseudorandom number generators"
+    (OOPSLA 2014), chained over the parts of the key.
+
+    Args:
+        key: seed and iteration.
+        group_ids: (B,) int64, the group of each row.
+        rows: (B,) int64, the row's number within its group.
+        position: token position in the completion, from 0.
+
+    Returns:
+        (B,) float64 in [0, 1).
+    """
+    state = torch.full_like(group_ids, key.seed)
+    for part in (key.iteration, group_ids, rows, position):
+        state = _mix(state) ^ part
+    return _shift_right(_mix(_mix(state)), 11).double() * 2.0**-53
+
+
+def sample_tokens(logits: Tensor, sampling: Sampling, uniforms: Tensor) -> tuple[Tensor, Tensor]:
+    """Draw one token per row by inverting the CDF.
+
+    token = the first i with p_0 + ... + p_i > u * sum(p),  p = softmax(truncated(logits / T))
+
+    Args:
+        logits: (B, V) float32.
+        sampling: temperature, top_k and top_p.
+        uniforms: (B,) float64 in [0, 1).
+
+    Returns:
+        token ids (B,) int64, and their log-probs (B,) float32 under p; 0 for greedy decoding.
+    """
+    if sampling.temperature == 0:
+        return logits.argmax(dim=-1), logits.new_zeros(logits.shape[0])
+    scores = logits / sampling.temperature
+    if sampling.top_k > 0:
+        scores = TopKLogitsWarper(min(sampling.top_k, scores.shape[-1]))(None, scores)
+    if sampling.top_p < 1:
+        scores = TopPLogitsWarper(sampling.top_p)(None, scores)
+    logprobs = torch.log_softmax(scores, dim=-1)
+    # In float64 u * total stays below the total, so that the search always ends on a real token;
+    # a token of probability 0 repeats the sum before it and cannot be the first to pass u.
+    cdf = logprobs.double().exp().cumsum(dim=-1)
+    threshold = (uniforms * cdf[:, -1]).unsqueeze(1)
+    tokens = torch.searchsorted(cdf, threshold, right=True)
+    return tokens.squeeze(1), logprobs.gather(1, tokens).squeeze(1)

@@ -1,0 +1,235 @@
+"""The engine that works for every model: `generate` of transformers, with our own draws."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    StopStringCriteria,
+)
+
+from lightning_grpo.generation.protocol import OnFinished, Sampling, SamplingKey
+from lightning_grpo.generation.sampling import keyed_uniforms, sample_tokens
+from lightning_grpo.policy import Policy
+from lightning_grpo.types import Completions, PromptBatch
+
+
+class TransformersEngine:
+    """Completes prompts through `model.generate`, with the policy's own weights.
+
+    `generate` runs greedily over logits in which our processor left one token, so that the draws
+    are ours (keyed, and the log-probs are those of the very distribution drawn from).
+
+    Args:
+        policy: the policy whose weights generate; its training mode is left to the caller.
+        tokenizer: for stop strings and the padding id.
+        eos_token_ids: every id that ends a completion.
+        max_rows: rows decoded at a time; 0 decodes all at once.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        tokenizer: PreTrainedTokenizerBase,
+        eos_token_ids: Sequence[int],
+        *,
+        max_rows: int = 0,
+    ) -> None:
+        self.policy = policy
+        self.tokenizer = tokenizer
+        self.eos_token_ids = list(eos_token_ids)
+        self.max_rows = max_rows
+
+    @torch.no_grad()
+    def generate(
+        self,
+        prompts: PromptBatch,
+        sampling: Sampling,
+        group_size: int,
+        *,
+        key: SamplingKey,
+        on_finished: OnFinished | None = None,
+    ) -> Completions:
+        """Draw `group_size` completions of each prompt; see `Engine.generate`."""
+        num_rows = len(prompts) * group_size
+        chunk_size = self.max_rows or max(num_rows, 1)
+        rows = list(range(num_rows))
+        chunks = [rows[i : i + chunk_size] for i in range(0, num_rows, chunk_size)]
+
+        def run(model: PreTrainedModel) -> list[Completions]:
+            finished = 0
+            parts = []
+            for chunk in chunks:
+                draws = _Draws(
+                    key,
+                    group_ids=[prompts.group_ids[row // group_size] for row in chunk],
+                    rows=[row % group_size for row in chunk],
+                    sampling=sampling,
+                    num_tokens=self.policy.num_tokens,
+                    device=self.policy.device,
+                )
+                ends = _Ends(self.eos_token_ids, self._stop_criteria(sampling), draws)
+                if on_finished is not None:
+                    done = finished
+                    ends.report = lambda n, done=done: on_finished(done + n, num_rows)
+                self._decode(model, [prompts.prompt_ids[r // group_size] for r in chunk], draws, ends)
+                parts.append(ends.completions())
+                finished += len(chunk)
+            return parts
+
+        parts = self.policy.call_unsharded(run)
+        return _concatenate(parts, self.pad_token_id, self.policy.device)
+
+    @property
+    def pad_token_id(self) -> int:
+        """The id that fills the padding; masks go by position, so any id serves."""
+        if self.tokenizer.pad_token_id is not None:
+            return int(self.tokenizer.pad_token_id)
+        return self.eos_token_ids[0] if self.eos_token_ids else 0
+
+    def _stop_criteria(self, sampling: Sampling) -> StopStringCriteria | None:
+        if not sampling.stop_strings:
+            return None
+        return StopStringCriteria(tokenizer=self.tokenizer, stop_strings=sampling.stop_strings)
+
+    def _decode(
+        self, model: PreTrainedModel, prompt_ids: list[list[int]], draws: _Draws, ends: _Ends
+    ) -> None:
+        ids, mask = left_pad(prompt_ids, self.pad_token_id, self.policy.device)
+        ends.num_prompt_tokens = ids.shape[1]
+        # A blank configuration in place of the model's own: what that one sets (repetition
+        # penalty, top_k, suppressed tokens) would change the distribution behind our back.
+        own_config = model.generation_config
+        model.generation_config = GenerationConfig()
+        try:
+            model.generate(
+                input_ids=ids,
+                attention_mask=mask.long(),
+                generation_config=GenerationConfig(
+                    max_new_tokens=draws.sampling.max_completion_tokens,
+                    do_sample=False,
+                    pad_token_id=self.pad_token_id,
+                    use_cache=True,
+                ),
+                logits_processor=LogitsProcessorList([draws]),
+                stopping_criteria=StoppingCriteriaList([ends]),
+                synced_gpus=False,
+            )
+        finally:
+            model.generation_config = own_config
+
+
+class _Draws(LogitsProcessor):
+    """Draws the next token of each row and leaves only that one to choose."""
+
+    def __init__(
+        self,
+        key: SamplingKey,
+        *,
+        group_ids: list[int],
+        rows: list[int],
+        sampling: Sampling,
+        num_tokens: int,
+        device: torch.device,
+    ) -> None:
+        self.key = key
+        self.group_ids = torch.tensor(group_ids, dtype=torch.int64, device=device)
+        self.rows = torch.tensor(rows, dtype=torch.int64, device=device)
+        self.sampling = sampling
+        self.num_tokens = num_tokens
+        self.tokens: list[Tensor] = []
+        self.logprobs: list[Tensor] = []
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        uniforms = keyed_uniforms(self.key, self.group_ids, self.rows, len(self.tokens))
+        tokens, logprobs = sample_tokens(scores[:, : self.num_tokens], self.sampling, uniforms)
+        self.tokens.append(tokens)
+        self.logprobs.append(logprobs)
+        return torch.full_like(scores, -torch.inf).scatter(1, tokens.unsqueeze(1), 0.0)
+
+
+class _Ends(StoppingCriteria):
+    """Notes where each row ended, and whether by itself or at the limit."""
+
+    def __init__(
+        self, eos_token_ids: list[int], stop_strings: StopStringCriteria | None, draws: _Draws
+    ) -> None:
+        device = draws.group_ids.device
+        self.eos = torch.tensor(eos_token_ids, dtype=torch.int64, device=device)
+        self.stop_strings = stop_strings
+        self.draws = draws
+        self.lengths = torch.zeros(len(draws.rows), dtype=torch.int64, device=device)
+        self.report = lambda num_finished: None
+        self.num_prompt_tokens = 0
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: object) -> Tensor:
+        ended = torch.isin(self.draws.tokens[-1], self.eos)
+        if self.stop_strings is not None:
+            # Only what was generated: a stop string in the prompt ends nothing.
+            ended = ended | self.stop_strings(input_ids[:, self.num_prompt_tokens :], scores)
+        running = self.lengths == 0
+        self.lengths = torch.where(running & ended, len(self.draws.tokens), self.lengths)
+        self.report(int((self.lengths > 0).sum()))
+        return self.lengths > 0
+
+    def completions(self) -> Completions:
+        """The rows of this chunk, as long as its longest."""
+        ids = torch.stack(self.draws.tokens, dim=1)
+        truncated = self.lengths == 0
+        lengths = torch.where(truncated, ids.shape[1], self.lengths)
+        mask = torch.arange(ids.shape[1], device=ids.device) < lengths.unsqueeze(1)
+        logprobs = torch.stack(self.draws.logprobs, dim=1)
+        return Completions(ids, mask, torch.where(mask, logprobs, 0.0), truncated)
+
+
+def left_pad(
+    rows: list[list[int]], pad_token_id: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Pad token lists on the left to one width.
+
+    Args:
+        rows: B lists of token ids.
+        pad_token_id: fills the padding.
+        device: where the tensors go.
+
+    Returns:
+        ids (B, P) int64 and mask (B, P) bool, True = real token.
+    """
+    width = max((len(row) for row in rows), default=0)
+    ids = torch.tensor(
+        [[pad_token_id] * (width - len(row)) + row for row in rows], dtype=torch.int64
+    ).reshape(len(rows), width)
+    mask = torch.tensor(
+        [[False] * (width - len(row)) + [True] * len(row) for row in rows], dtype=torch.bool
+    ).reshape(len(rows), width)
+    return ids.to(device), mask.to(device)
+
+
+def _concatenate(
+    parts: list[Completions], pad_token_id: int, device: torch.device
+) -> Completions:
+    width = max((part.completion_ids.shape[1] for part in parts), default=1)
+
+    def widen(x: Tensor, value: float) -> Tensor:
+        return torch.nn.functional.pad(x, (0, width - x.shape[1]), value=value)
+
+    if not parts:
+        empty = torch.zeros(0, width, device=device)
+        return Completions(empty.long(), empty.bool(), empty, empty[:, 0].bool())
+    mask = torch.cat([widen(part.completion_mask, False) for part in parts])
+    ids = torch.cat([widen(part.completion_ids, pad_token_id) for part in parts])
+    return Completions(
+        completion_ids=torch.where(mask, ids, pad_token_id),
+        completion_mask=mask,
+        sampler_logprobs=torch.cat([widen(part.sampler_logprobs, 0.0) for part in parts]),
+        truncated=torch.cat([part.truncated for part in parts]),
+    )

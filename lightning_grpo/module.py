@@ -1,0 +1,481 @@
+"""The LightningModule: one minibatch becomes one loss and, at a window's end, one step.
+
+One iteration, and who does each part:
+
+    RolloutGeneration   N prompts -> N x G completions               rollout.py, generation/
+    RewardScoring       completions -> rewards                       rewards/
+    InnerEpochReplay    old and reference log-probs, advantages,
+                        K epochs x M minibatches                     scoring.py, algorithms.py
+    GRPOModule          minibatch -> loss -> optimizer step          losses.py, masking.py
+    KLMonitor           adaptive beta, early stop, rollback          kl.py
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections import deque
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning as L
+import torch
+from lightning.pytorch.cli import OptimizerCallable
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.nn.utils import get_total_norm
+from torch.optim import Optimizer
+from torchmetrics import MetricCollection
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, TrainerState, get_scheduler
+
+from lightning_grpo.algorithms import GRPO, Algorithm
+from lightning_grpo.evaluation import Judge, update_metrics, validation_metrics
+from lightning_grpo.generation import Engine, SamplingKey, build_engine
+from lightning_grpo.loaders import EvalBatch, Slot
+from lightning_grpo.masking import masked_sum, reduce_loss, reduction_count
+from lightning_grpo.metrics import MetricSums
+from lightning_grpo.nonfinite import row_is_finite, write_nonfinite_rows
+from lightning_grpo.paths import resolve_package_path
+from lightning_grpo.policy import Dtype, Lora, Policy, eos_token_ids, load_policy, shard_policy
+from lightning_grpo.reference import Reference, frozen_reference_hash, settle_reference
+from lightning_grpo.rewards import Scorer
+from lightning_grpo.rollout import RolloutSettings, collect_rollout
+from lightning_grpo.run_state import Counters, Phase
+from lightning_grpo.scoring import microbatch, score_completions, with_scores
+from lightning_grpo.snapshot import WeightSnapshot
+from lightning_grpo.types import Minibatch, PromptBatch, Rollout
+
+# Keys of validation draws never meet those of training.
+_VAL_SEED_OFFSET = 1_000_003
+NO_CALLBACKS = (
+    "the module got no {what}: give the Trainer lightning_grpo.callbacks.standard(...) as callbacks"
+)
+
+
+def adamw(params: Any) -> Optimizer:
+    """AdamW at a learning rate that suits the fine-tuning of a pretrained model."""
+    return torch.optim.AdamW(params, lr=1e-6, weight_decay=0.0)
+
+
+class GRPOModule(L.LightningModule):
+    """Policy, frozen reference and old policy, and the loss that moves the policy.
+
+    Args:
+        name_or_path: the model: a name on the Hub, a local folder, or `package://` data.
+        tokenizer: name or folder of the tokenizer; the model's own when null.
+        init: take the model's weights (pretrained), or only its configuration (random).
+        revision: branch, tag or commit of a Hub name.
+        dtype: of the parameters; float32 parameters under `trainer.precision: bf16-mixed` are
+            the usual choice on a GPU.
+        attn_implementation: of transformers, such as sdpa, eager or flash_attention_2.
+        lora: train low-rank adapters instead of all weights; the reference is then free.
+        activation_checkpointing: recompute activations in the backward pass, for memory.
+        dropout: keep the model's dropout during the update.
+        algorithm: turns rewards into advantages and log-probs into a loss.
+        beta: weight of the KL to the reference; 0 loads no reference.
+        optimizer: made from the trainable parameters.
+        lr_schedule: course of the learning rate over the optimizer steps of the run, after a
+            linear warm-up; linear and cosine end at 0.
+        num_warmup_steps: optimizer steps over which the learning rate rises from 0.
+        microbatch_tokens: most tokens of one forward with gradients, padding counted. It
+            changes memory and speed, never the gradient.
+        old_policy: keep the old policy as log-probs, or as a copy of the weights too, which a
+            rollback needs.
+        old_logprobs: recompute the old log-probs with a forward, trust the sampler's, or (auto)
+            trust them in fp32 when the first rollout shows that they agree within 1e-5.
+        max_nonfinite_steps: stop after so many skipped steps in a row.
+    """
+
+    def __init__(
+        self,
+        name_or_path: str,
+        tokenizer: str | None = None,
+        init: Literal["pretrained", "random"] = "pretrained",
+        revision: str | None = None,
+        dtype: Dtype = "float32",
+        attn_implementation: str | None = None,
+        lora: Lora | None = None,
+        activation_checkpointing: bool = False,
+        dropout: bool = False,
+        algorithm: Algorithm | None = None,
+        beta: float = 0.04,
+        optimizer: OptimizerCallable = adamw,
+        lr_schedule: Literal["constant", "linear", "cosine"] = "constant",
+        num_warmup_steps: int = 0,
+        microbatch_tokens: int = 16384,
+        old_policy: Literal["logprobs", "weights"] = "logprobs",
+        old_logprobs: Literal["auto", "recompute", "sampler"] = "auto",
+        max_nonfinite_steps: int = 3,
+    ) -> None:
+        super().__init__()
+        if beta < 0:
+            raise ValueError(f"model.beta must be >= 0, got {beta}")
+        if microbatch_tokens < 1:
+            raise ValueError(f"model.microbatch_tokens must be >= 1, got {microbatch_tokens}")
+        self.name_or_path = name_or_path
+        self.init = init
+        self.load_options: dict[str, Any] = {
+            "init": init,
+            "revision": revision,
+            "dtype": dtype,
+            "attn_implementation": attn_implementation,
+            "lora": lora,
+            "activation_checkpointing": activation_checkpointing,
+            "dropout": dropout,
+        }
+        self.algorithm: Algorithm = algorithm or GRPO()
+        self.beta = beta
+        self.make_optimizer = optimizer
+        self.lr_schedule = lr_schedule
+        self.num_warmup_steps = num_warmup_steps
+        self.microbatch_tokens = microbatch_tokens
+        self.old_policy_form = old_policy
+        self.old_logprobs = old_logprobs
+        self.max_nonfinite_steps = max_nonfinite_steps
+
+        path = resolve_package_path(tokenizer or name_or_path)
+        self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            path, revision=None if tokenizer else revision, trust_remote_code=False
+        )
+        self.policy: Policy = None  # type: ignore[assignment]  # made in configure_model
+        self.reference: Reference | None = None
+        self.old_policy: WeightSnapshot | None = None
+        self.initial_hash = ""
+        self.reference_record: dict[str, str] = {}
+
+        # Set by the callbacks before the run starts.
+        self.rollout_settings: RolloutSettings | None = None
+        self.scorer: Scorer | None = None
+        self.judge = Judge()
+
+        # The state of the run.
+        self.rollout: Rollout | None = None
+        self.queue: deque[Minibatch] = deque()
+        self.counters = Counters()
+        self.phase = Phase()
+        self.print_above_bar: Callable[..., None] | None = None
+        self.is_step_skipped = False
+        self.is_cold_started = False
+        self.minibatch_metrics: dict[str, float] = {}
+        self._num_nonfinite_in_a_row = 0
+        self._window: list[tuple[Rollout, Tensor]] = []
+        self._engine: Engine | None = None
+        self.val_metrics = validation_metrics("val/")
+        self.test_metrics = validation_metrics("test/")
+
+    def setup(self, stage: str) -> None:
+        """Find out where the run writes; all ranks get rank 0's answer."""
+        self.run_dir = Path(self.trainer.log_dir or self.trainer.default_root_dir)
+
+    def configure_model(self) -> None:
+        """Load the policy, shard it under FSDP2, and take the reference."""
+        if self.policy is not None:
+            return
+        with torch.random.fork_rng():
+            # Random weights and adapters have to be the same on every rank.
+            torch.manual_seed(self.settings.seed)
+            policy = load_policy(
+                self.name_or_path, num_tokens=len(self.tokenizer), **self.load_options
+            )
+        self.strict_loading = not policy.is_lora
+        is_fitting = self.trainer.state.fn == "fit"
+        needs_reference = self.beta > 0 and is_fitting
+        if needs_reference and self.trainer.is_global_zero:
+            self.initial_hash = frozen_reference_hash(policy)
+        if self.device_mesh is not None:
+            shard_policy(policy, self.device_mesh["data_parallel"])
+        self.reference = Reference(policy) if needs_reference else None
+        if self.old_policy_form == "weights" and is_fitting:
+            self.old_policy = WeightSnapshot(policy)
+        self.policy = policy.train() if is_fitting else policy
+
+    def configure_optimizers(self) -> Any:
+        """One optimizer over the trainable parameters, and its schedule per step."""
+        trainable = [p for p in self.policy.parameters() if p.requires_grad]
+        optimizer = self.make_optimizer([{"params": trainable, "name": "policy"}])
+        scheduler = get_scheduler(
+            "constant_with_warmup" if self.lr_schedule == "constant" else self.lr_schedule,
+            optimizer,
+            num_warmup_steps=self.num_warmup_steps,
+            num_training_steps=self._num_scheduled_steps(),
+        )
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
+        }
+
+    def _num_scheduled_steps(self) -> int:
+        if self.lr_schedule == "constant":
+            return 0
+        num_steps = self.trainer.estimated_stepping_batches
+        if math.isinf(num_steps):
+            raise ValueError(
+                f"model.lr_schedule {self.lr_schedule!r} ends with the run, but the run has no "
+                "end: set trainer.max_steps or trainer.max_epochs"
+            )
+        return int(num_steps)
+
+    def on_train_start(self) -> None:
+        """Settle the reference, after a checkpoint was loaded or a cold start was made."""
+        if self.reference is not None and not self.trainer.fast_dev_run:
+            self.reference_record = settle_reference(
+                self.reference,
+                self.reference_record,
+                folder=self.run_dir / "reference",
+                initial_hash=self.initial_hash,
+                origin="cold_start" if self.is_cold_started else self.init,
+                is_main=self.trainer.is_global_zero,
+            )
+
+    # One minibatch
+
+    def training_step(self, slot: Slot, batch_idx: int) -> Tensor:
+        """Turn the minibatch in the slot into a loss.
+
+        All micro-batches but the last have their backward here; Lightning runs the last one's
+        and divides only that one by `accumulate_grad_batches`.
+        """
+        minibatch = slot.minibatch
+        if minibatch is None:
+            raise RuntimeError(NO_CALLBACKS.format(what="a minibatch"))
+        sums = MetricSums()
+        for rows in minibatch.microbatches[:-1]:
+            loss = self.microbatch_loss(minibatch, rows, sums)
+            self.trainer.strategy.backward(loss, self.trainer.optimizers[0])
+        loss = self.microbatch_loss(minibatch, minibatch.microbatches[-1], sums)
+        self.minibatch_metrics = sums.reduce(self.sum_over_ranks)
+        self.log_dict(self.minibatch_metrics, batch_size=1)
+        return loss * self.trainer.accumulate_grad_batches
+
+    def microbatch_loss(self, minibatch: Minibatch, rows: Tensor, sums: MetricSums) -> Tensor:
+        """Loss of some rows, scaled so that ranks and micro-batches add up to the step's loss.
+
+        Args:
+            minibatch: the rows and their denominator.
+            rows: indices into the minibatch; none makes a forward that counts nothing.
+            sums: gets the metrics.
+
+        Returns:
+            0-d loss.
+        """
+        part = microbatch(minibatch.rollout, rows)
+        output = self.policy(
+            part.prompt_ids,
+            part.prompt_mask,
+            part.completion_ids,
+            part.completion_mask,
+            temperature=self.settings.sampling.temperature,
+        )
+        mask = part.action_mask if len(rows) else torch.zeros_like(part.action_mask)
+        loss = self.algorithm.loss(output.logprobs, part.replace(action_mask=mask), beta=self.beta)
+        reduction = self.algorithm.reduction
+        loss_sum = reduce_loss(loss.per_token, mask, reduction, denominator=1.0)
+        num_tokens = mask.sum()
+        num_max = self.settings.sampling.max_completion_tokens
+        sums.add(loss.metrics)
+        sums.add(
+            {
+                "policy/loss": (loss_sum, reduction_count(mask, reduction, num_max)),
+                "policy/entropy": (masked_sum(output.entropy, mask), num_tokens),
+                "policy/sampler_mismatch": (
+                    masked_sum((output.logprobs - part.sampler_logprobs).detach().abs(), mask),
+                    num_tokens if minibatch.index == 0 else torch.zeros_like(num_tokens),
+                ),
+            }
+        )
+        self._window.append((part, row_is_finite(output.logprobs, loss.per_token, mask)))
+        # DDP and FSDP2 average gradients over ranks; the denominator already counts all ranks.
+        return loss_sum * (self.num_ranks / minibatch.denominator)
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Log the gradient norm; drop the step, on all ranks, when something is not finite."""
+        gradients = [p.grad for p in self.policy.parameters() if p.grad is not None]
+        norm = get_total_norm(gradients)
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        self.log("policy/grad_norm", norm, batch_size=1)
+        loss = self.minibatch_metrics.get("policy/loss", 0.0)
+        self.is_step_skipped = not (torch.isfinite(norm) and math.isfinite(loss))
+        if self.is_step_skipped:
+            # None and not zero: AdamW moves weights on a zero gradient too.
+            optimizer.zero_grad(set_to_none=True)
+            self._report_nonfinite(float(norm), loss)
+        else:
+            self._num_nonfinite_in_a_row = 0
+            self.counters.optimizer_steps += 1
+        self._window.clear()
+
+    def _report_nonfinite(self, norm: float, loss: float) -> None:
+        self.counters.skipped_steps += 1
+        self._num_nonfinite_in_a_row += 1
+        name = f"step_{self.trainer.global_step}_rank_{self.global_rank}.jsonl"
+        path = self.run_dir / "nonfinite" / name
+        reason = f"loss {loss}, gradient norm {norm}"
+        num_rows = write_nonfinite_rows(path, self._window, reason=reason)
+        message = f"{reason}: the step was skipped on all ranks; {num_rows} rows are in {path}"
+        if self._num_nonfinite_in_a_row >= self.max_nonfinite_steps:
+            raise RuntimeError(
+                f"{message}. This was step {self._num_nonfinite_in_a_row} in a row "
+                "(model.max_nonfinite_steps): lower the learning rate, or look at those rows"
+            )
+        warnings.warn(message, stacklevel=2)
+
+    def optimizer_step(
+        self,
+        epoch: int,
+        batch_idx: int,
+        optimizer: Any,
+        optimizer_closure: Callable[[], Any] | None = None,
+    ) -> None:
+        """Step, and free the gradients, so that none are held during the next rollout."""
+        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        optimizer.zero_grad(set_to_none=True)
+
+    def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: Optimizer) -> None:
+        """Do nothing: Lightning calls this after micro-batches have had their backward."""
+
+    def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
+        """Step the schedule with every step that happened."""
+        if not self.is_step_skipped:
+            super().lr_scheduler_step(scheduler, metric)
+
+    # Completions
+
+    def make_rollout(self, prompts: PromptBatch, *, is_training: bool) -> Rollout:
+        """Complete prompts with the policy as it is.
+
+        Args:
+            prompts: N prompts.
+            is_training: with the training settings and the iteration's draws, or those of
+                validation, which are the same at every validation.
+
+        Returns:
+            A rollout without rewards.
+        """
+        settings = self.settings
+        key = SamplingKey(settings.seed, self.counters.iterations)
+        if not is_training:
+            key = SamplingKey(settings.seed + _VAL_SEED_OFFSET, 0)
+        return collect_rollout(
+            self.engine,
+            self.tokenizer,
+            prompts,
+            settings.sampling if is_training else settings.val_sampling,
+            settings.group_size if is_training else settings.num_val_samples,
+            key=key,
+            on_finished=self.phase.advance,
+        )
+
+    @property
+    def engine(self) -> Engine:
+        """The rollout engine, made when it is first needed."""
+        if self._engine is None:
+            self._engine = build_engine(
+                self.settings.engine,
+                self.policy,
+                self.tokenizer,
+                eos_token_ids(self.policy, self.tokenizer),
+                max_rows=self.settings.max_rows,
+            )
+        return self._engine
+
+    def validation_step(self, batch: EvalBatch, batch_idx: int) -> None:
+        """Complete and score a batch of validation prompts."""
+        self._evaluate(batch.prompts, self.val_metrics, "validating")
+
+    def test_step(self, batch: EvalBatch, batch_idx: int) -> None:
+        """Complete and score a batch of test prompts."""
+        self._evaluate(batch.prompts, self.test_metrics, "testing")
+
+    def predict_step(self, batch: EvalBatch, batch_idx: int) -> Rollout:
+        """Complete a batch of prompts."""
+        return self.make_rollout(batch.prompts, is_training=False)
+
+    def _evaluate(self, prompts: PromptBatch, metrics: MetricCollection, phase: str) -> None:
+        self.phase.enter(phase)
+        rollout = self.make_rollout(prompts, is_training=False)
+        if len(rollout):
+            scores = score_completions(self.required_scorer, rollout, self.trainer_state())
+            rollout = with_scores(rollout, scores)
+            update_metrics(
+                metrics,
+                num_samples=self.settings.num_val_samples,
+                k=self.settings.pass_k,
+                successes=self.judge.successes(rollout.function_rewards),
+                answers=self.judge.answers(rollout.completions),
+                rewards=scores.rewards,
+                num_tokens=rollout.completion_mask.sum(1),
+                truncated=rollout.truncated,
+            )
+        self.log_dict(metrics, on_step=False, on_epoch=True, batch_size=1)
+
+    # State
+
+    def trainer_state(self) -> TrainerState:
+        """Where the run stands, in the form that reward functions written for TRL expect."""
+        return TrainerState(
+            global_step=self.trainer.global_step,
+            max_steps=self.trainer.max_steps,
+            epoch=float(self.trainer.current_epoch),
+            is_world_process_zero=self.trainer.is_global_zero,
+        )
+
+    @property
+    def settings(self) -> RolloutSettings:
+        """The rollout settings that RolloutGeneration brought."""
+        if self.rollout_settings is None:
+            raise RuntimeError(NO_CALLBACKS.format(what="rollout settings"))
+        return self.rollout_settings
+
+    @property
+    def required_scorer(self) -> Scorer:
+        """The scorer that RewardScoring brought."""
+        if self.scorer is None:
+            raise RuntimeError(NO_CALLBACKS.format(what="reward functions"))
+        return self.scorer
+
+    @property
+    def num_ranks(self) -> int:
+        """Data-parallel ranks."""
+        mesh = self.device_mesh
+        return mesh["data_parallel"].size() if mesh is not None else self.trainer.world_size
+
+    def sum_over_ranks(self, tensor: Tensor) -> Tensor:
+        """Add a tensor over all ranks."""
+        return self.trainer.strategy.reduce(tensor.to(self.device), reduce_op="sum")
+
+    def max_over_ranks(self, tensor: Tensor) -> Tensor:
+        """The largest of a tensor's values over all ranks, each by itself."""
+        return self.trainer.strategy.reduce(tensor.to(self.device), reduce_op="max")
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add counters, beta and what is known of the reference."""
+        # Lightning saves this count before it adds the step, so that a resume would log twice
+        # under one step.
+        progress = checkpoint["loops"]["fit_loop"]["epoch_loop.state_dict"]
+        progress["_batches_that_stepped"] = self.trainer.global_step
+        checkpoint["lightning_grpo"] = {
+            "counters": asdict(self.counters),
+            "beta": self.beta,
+            "old_logprobs": self.old_logprobs,
+            "is_cold_started": self.is_cold_started,
+            "reference": dict(self.reference_record),
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take back what `on_save_checkpoint` added."""
+        saved = checkpoint["lightning_grpo"]
+        self.counters = Counters(**saved["counters"])
+        self.beta = saved["beta"]
+        self.old_logprobs = saved["old_logprobs"]
+        self.is_cold_started = saved["is_cold_started"]
+        self.reference_record = saved["reference"]
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """The policy's weights; under LoRA the adapter only."""
+        state: dict[str, Any] = super().state_dict(*args, **kwargs)
+        if self.policy is None or not self.policy.is_lora:
+            return state
+        trainable = {name for name, p in self.named_parameters() if p.requires_grad}
+        return {name: value for name, value in state.items() if name in trainable}

@@ -1,0 +1,192 @@
+"""The frozen reference: where its weights come from, and that they stay the same."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from lightning_grpo.policy import Policy
+from lightning_grpo.snapshot import WeightSnapshot, local_weights
+
+_FILE_NAME = "reference.safetensors"
+
+
+class Reference:
+    """The policy as it was before reinforcement learning.
+
+    A LoRA policy with its adapter off costs nothing. Otherwise the weights are a snapshot, which
+    stands in for the policy's own while a reference pass runs.
+
+    Args:
+        policy: at its initial weights.
+    """
+
+    def __init__(self, policy: Policy) -> None:
+        self.policy = policy
+        self.snapshot = None if policy.is_lora else WeightSnapshot(policy)
+
+    @contextlib.contextmanager
+    def in_place(self) -> Iterator[None]:
+        """The policy with the reference's weights. Enter it outside of autocast."""
+        with self.policy.adapter_off() if self.snapshot is None else self.snapshot.in_place():
+            yield
+
+    def retake(self) -> None:
+        """Make the policy as it is now the reference, after a cold start."""
+        self.snapshot = WeightSnapshot(self.policy)
+
+
+def weights_hash(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names, shapes, dtypes and bytes, in the order of the names.
+
+    Args:
+        tensors: name -> tensor, on any device.
+
+    Returns:
+        64 hexadecimal digits.
+    """
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def trainable_state(policy: Policy) -> dict[str, Tensor]:
+    """The whole trainable weights on the CPU of rank 0; empty elsewhere under FSDP2.
+
+    Every rank has to call it.
+
+    Args:
+        policy: sharded or not.
+
+    Returns:
+        Name -> full tensor.
+    """
+    trainable = {name for name, p in policy.named_parameters() if p.requires_grad}
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    state = get_model_state_dict(policy, options=options)
+    return {name: tensor for name, tensor in state.items() if name in trainable}
+
+
+def save_reference(policy: Policy, folder: Path, *, is_writer: bool) -> dict[str, str]:
+    """Write the policy's weights as the reference of a run whose reference no folder holds.
+
+    A full model is written as a transformers folder, an adapter as one safetensors file. Every
+    rank has to call it.
+
+    Args:
+        policy: at the reference's weights.
+        folder: where to write.
+        is_writer: whether this rank writes.
+
+    Returns:
+        Folder name and hash for the checkpoint; on other ranks the hash is empty.
+    """
+    state = trainable_state(policy)
+    if is_writer:
+        folder.mkdir(parents=True, exist_ok=True)
+        if policy.is_lora:
+            save_file({k: v.contiguous() for k, v in state.items()}, folder / _FILE_NAME)
+        else:
+            inner = {name.removeprefix("model."): tensor for name, tensor in state.items()}
+            policy.causal_lm.save_pretrained(folder, state_dict=inner)
+    return {"folder": folder.name, "sha256": weights_hash(state) if is_writer else ""}
+
+
+def load_reference(reference: Reference, folder: Path, sha256: str, *, is_checker: bool) -> None:
+    """Read a reference that `save_reference` wrote, and check that it is the same.
+
+    Args:
+        reference: gets the weights.
+        folder: as written.
+        sha256: the hash from the checkpoint.
+        is_checker: whether this rank computes the hash.
+
+    Raises:
+        ValueError: the folder is missing, or its weights are not the ones the run started with.
+    """
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise ValueError(f"the run's reference is missing: no safetensors in {folder}")
+    state: dict[str, Tensor] = {}
+    for file in files:
+        state.update(load_file(file))
+    policy = reference.policy
+    if not policy.is_lora:
+        state = {f"model.{name}": tensor for name, tensor in state.items()}
+    if is_checker and weights_hash(state) != sha256:
+        raise ValueError(
+            f"the reference in {folder} is not the one this run started with (its hash differs)"
+        )
+    snapshot = reference.snapshot or WeightSnapshot(policy)
+    parameters: dict[str, Any] = dict(policy.named_parameters())
+    for name in local_weights(policy):
+        full = state[name]
+        parameter = parameters[name]
+        if isinstance(parameter, DTensor):
+            full = full.to(parameter.device)
+            full = distribute_tensor(full, parameter.device_mesh, parameter.placements).to_local()
+        snapshot.copies[name].copy_(full)
+    reference.snapshot = snapshot
+
+
+def settle_reference(
+    reference: Reference,
+    record: dict[str, str],
+    *,
+    folder: Path,
+    initial_hash: str,
+    origin: Literal["pretrained", "random", "cold_start"],
+    is_main: bool,
+) -> dict[str, str]:
+    """Decide what the reference of this run is, once per process, before the first step.
+
+    Every rank has to call it.
+
+    Args:
+        reference: holds the initial weights.
+        record: what the checkpoint says of the reference; empty in a new run.
+        folder: where a reference is kept that the model's own folder does not hold.
+        initial_hash: hash of the weights that the model's folder gave.
+        origin: where the weights of a new run come from.
+        is_main: whether this is the rank that writes and checks.
+
+    Returns:
+        The record for later checkpoints: folder ("" for the model's own) and sha256.
+
+    Raises:
+        ValueError: a resumed run would get another reference than it started with.
+    """
+    if record and record["folder"]:
+        load_reference(reference, folder, record["sha256"], is_checker=is_main)
+        return record
+    if record:
+        if is_main and record["sha256"] != initial_hash:
+            raise ValueError(
+                "model.name_or_path does not hold the weights that this run's reference had: "
+                "resume with the model that the run started from"
+            )
+        return record
+    if origin == "pretrained":
+        return {"folder": "", "sha256": initial_hash}
+    if origin == "cold_start":
+        reference.retake()
+    return save_reference(reference.policy, folder, is_writer=is_main)
+
+
+def frozen_reference_hash(policy: Policy) -> str:
+    """Hash of the weights that the reference will have: the base under LoRA, else all."""
+    return weights_hash(
+        {n: p for n, p in policy.named_parameters() if p.requires_grad != policy.is_lora}
+    )

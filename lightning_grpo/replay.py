@@ -1,0 +1,123 @@
+"""Cutting a rollout into minibatches and micro-batches: whole groups, balanced by tokens."""
+
+from __future__ import annotations
+
+import random
+
+import torch
+from torch import Tensor
+
+from lightning_grpo.types import Rollout
+
+
+def split_minibatches(rollout: Rollout, num_minibatches: int, *, shuffle_key: str) -> list[Tensor]:
+    """Cut a rollout into minibatches of whole groups with about the same number of tokens.
+
+    Groups are dealt, the longest first and equal ones in random order, to the minibatch that has
+    the fewest tokens among those that still need a group.
+
+    Args:
+        rollout: B rows.
+        num_minibatches: M, at most the number of groups.
+        shuffle_key: decides the random order; the same key gives the same minibatches.
+
+    Returns:
+        M tensors of row indices; every row is in exactly one.
+
+    Raises:
+        ValueError: there are fewer groups than minibatches.
+    """
+    groups = _rows_by_group(rollout)
+    if len(groups) < num_minibatches:
+        raise ValueError(
+            f"replay.num_minibatches is {num_minibatches} but this rank holds only {len(groups)} "
+            "prompts per iteration: lower it, or raise data.prompts_per_iteration"
+        )
+    lengths = (rollout.prompt_mask.sum(1) + rollout.completion_mask.sum(1)).tolist()
+    tokens = [sum(lengths[row] for row in group) for group in groups]
+    order = list(range(len(groups)))
+    random.Random(shuffle_key).shuffle(order)
+    order.sort(key=lambda i: -tokens[i])
+    most_groups = -(-len(groups) // num_minibatches)
+    dealt: list[list[int]] = [[] for _ in range(num_minibatches)]
+    loads = [0] * num_minibatches
+    for group in order:
+        open_ones = [m for m in range(num_minibatches) if len(dealt[m]) < most_groups]
+        m = min(open_ones, key=lambda m: (loads[m], len(dealt[m])))
+        dealt[m].append(group)
+        loads[m] += tokens[group]
+    rows = [[row for i in sorted(part) for row in groups[i]] for part in dealt]
+    return [torch.tensor(part, dtype=torch.int64) for part in rows]
+
+
+def split_microbatches(rollout: Rollout, max_tokens: int) -> list[Tensor]:
+    """Cut a minibatch into forwards of at most `max_tokens` tokens, padding counted.
+
+    Groups of similar length go together; a group that is larger than the budget is split, and
+    its prompt is then forwarded with each part.
+
+    Args:
+        rollout: the rows of one minibatch.
+        max_tokens: budget of one forward in padded tokens; a single row may exceed it.
+
+    Returns:
+        Tensors of row indices; every row is in exactly one.
+    """
+    prompt_lengths = rollout.prompt_mask.sum(1).tolist()
+    completion_lengths = rollout.completion_mask.sum(1).tolist()
+
+    def width(rows: list[int]) -> int:
+        return max(prompt_lengths[r] for r in rows) + max(completion_lengths[r] for r in rows)
+
+    pieces: list[list[int]] = []
+    for group in _rows_by_group(rollout):
+        rows_that_fit = max(max_tokens // width(group), 1)
+        pieces += [group[i : i + rows_that_fit] for i in range(0, len(group), rows_that_fit)]
+    pieces.sort(key=width, reverse=True)
+    microbatches: list[list[int]] = []
+    for piece in pieces:
+        joined = microbatches[-1] + piece if microbatches else piece
+        if microbatches and width(joined) * len(joined) <= max_tokens:
+            microbatches[-1] = joined
+        else:
+            microbatches.append(piece)
+    return [torch.tensor(rows, dtype=torch.int64) for rows in microbatches]
+
+
+def trim_padding(rollout: Rollout) -> Rollout:
+    """Cut off the columns that are padding in every row.
+
+    Args:
+        rollout: B rows, prompts padded on the left and completions on the right.
+
+    Returns:
+        The same rows with P and C as small as they can be; C is at least 1.
+    """
+    width = rollout.prompt_mask.shape[1]
+    num_prompt = int(rollout.prompt_mask.sum(1).max()) if len(rollout) else 0
+    num_completion = int(rollout.completion_mask.sum(1).max()) if len(rollout) else 0
+    num_completion = max(num_completion, 1)
+    changes: dict[str, Tensor] = {
+        "prompt_ids": rollout.prompt_ids[:, width - num_prompt :],
+        "prompt_mask": rollout.prompt_mask[:, width - num_prompt :],
+    }
+    for name in (
+        "completion_ids",
+        "completion_mask",
+        "action_mask",
+        "sampler_logprobs",
+        "advantages",
+        "old_logprobs",
+        "ref_logprobs",
+    ):
+        value = getattr(rollout, name)
+        if value is not None:
+            changes[name] = value[:, :num_completion]
+    return rollout.replace(**changes)
+
+
+def _rows_by_group(rollout: Rollout) -> list[list[int]]:
+    rows: dict[int, list[int]] = {}
+    for row, group in enumerate(rollout.group_ids.tolist()):
+        rows.setdefault(group, []).append(row)
+    return list(rows.values())

@@ -1,0 +1,77 @@
+"""Frozen copies of the policy's weights: the reference, and the old policy as weights."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from lightning_grpo.policy import Policy
+
+
+def local_weights(policy: Policy) -> dict[str, Tensor]:
+    """Name -> the part of each trainable parameter that lives on this rank, sharing its memory."""
+    weights = {}
+    for name, parameter in policy.named_parameters():
+        if parameter.requires_grad:
+            data = parameter.data
+            weights[name] = data.to_local() if isinstance(data, DTensor) else data
+    return weights
+
+
+class WeightSnapshot:
+    """A frozen copy of a policy's trainable weights that can stand in for them for a while.
+
+    Each rank copies the part it holds, so that taking, using and restoring a snapshot needs no
+    communication; under LoRA it holds the adapter only.
+
+    Args:
+        policy: whose weights are copied now.
+    """
+
+    def __init__(self, policy: Policy) -> None:
+        self.policy = policy
+        self.copies = {name: w.detach().clone() for name, w in local_weights(policy).items()}
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Copy the policy's weights again."""
+        for name, weight in local_weights(self.policy).items():
+            self._copy_of(name, weight).copy_(weight)
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Put the copied weights back into the policy."""
+        for name, weight in local_weights(self.policy).items():
+            weight.copy_(self._copy_of(name, weight))
+
+    @contextlib.contextmanager
+    def in_place(self) -> Iterator[None]:
+        """The policy with the copied weights; its own come back at the end.
+
+        Enter it outside of autocast, which keeps casts of the weights it has seen.
+        """
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    @torch.no_grad()
+    def _swap(self) -> None:
+        # One parameter at a time: no moment at which three copies of the model exist.
+        for name, weight in local_weights(self.policy).items():
+            copy = self._copy_of(name, weight)
+            held = weight.clone()
+            weight.copy_(copy)
+            copy.copy_(held)
+
+    def _copy_of(self, name: str, weight: Tensor) -> Tensor:
+        # The trainer moves and casts the policy after the snapshot was taken.
+        copy = self.copies[name]
+        if copy.device != weight.device or copy.dtype != weight.dtype:
+            copy = self.copies[name] = copy.to(device=weight.device, dtype=weight.dtype)
+        return copy

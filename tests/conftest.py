@@ -1,0 +1,42 @@
+"""Small models and data that the tests share; nothing here reaches the network."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+from pathlib import Path
+
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def run_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every test runs in a folder of its own, and leaves no run folder to the next."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("LIGHTNING_GRPO_RUN_DIR", raising=False)
+    monkeypatch.delenv("PL_GLOBAL_SEED", raising=False)
+
+
+@pytest.fixture(scope="session")
+def char_model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Folder of a Qwen2 of 20,000 parameters with a character tokenizer."""
+    from lightning_grpo.tools.tiny_model import write_tiny_model
+
+    folder = str(tmp_path_factory.mktemp("char_model"))
+    write_tiny_model(
+        folder,
+        characters="0123456789= abcdefghijklmnopqrstuvwxyz",
+        hidden_size=32,
+        intermediate_size=64,
+        num_layers=2,
+        num_heads=2,
+        max_positions=64,
+    )
+    return folder
