@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from lightning_grpo.advantages import group_advantages
-from lightning_grpo.kl import kl_estimate
+from lightning_grpo.advantages import Baseline, Scale, group_advantages
+from lightning_grpo.kl import KLKind, kl_estimate
 from lightning_grpo.losses import clipped_policy_loss
+from lightning_grpo.masking import Reduction
 from lightning_grpo.types import LossOutput, Rollout
-
-Reduction = Literal["completion", "token", "constant"]
 
 
 class Algorithm(Protocol):
@@ -69,10 +68,10 @@ class GRPO:
     clip_low: float = 0.2
     clip_high: float = 0.2
     dual_clip: float | None = None
-    baseline: Literal["group_mean", "leave_one_out"] = "group_mean"
-    scale: Literal["std", "none"] = "std"
+    baseline: Baseline = "group_mean"
+    scale: Scale = "std"
     reduction: Reduction = "completion"
-    kl_estimator: Literal["k1", "k2", "k3", "reverse"] = "k3"
+    kl_estimator: KLKind = "k3"
 
     def __post_init__(self) -> None:
         if not 0 < self.clip_low < 1:

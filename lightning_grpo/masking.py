@@ -241,7 +241,7 @@ def reduce_loss(
             )
         denominator = 1.0
     weights = reduction_weights(mask, reduction, dtype=per_token.dtype)
-    return masked_sum(weights * torch.where(mask, per_token, 0.0), mask) / denominator
+    return masked_sum(weights * per_token, mask) / denominator
 
 
 def _check_reduction(reduction: str) -> None:

@@ -65,7 +65,7 @@ def read_rows(
     if isinstance(source, (str, os.PathLike)):
         rows = _read_named(os.fspath(source), dataset_config, split)
     elif isinstance(source, Rows):
-        rows = cast(Sequence[Row], source)
+        rows = cast("Sequence[Row]", source)
     else:
         raise ValueError(f"a {type(source).__name__} is no sequence of rows: it needs a length")
     if len(rows) == 0:
@@ -100,9 +100,9 @@ def _read_file(source: str, suffix: str, compression: str | None) -> Sequence[Ro
         place = " (or no connection)" if "://" in source else f" (looked in {os.getcwd()})"
         raise ValueError(f"no such file: {shown}{place}") from None
     except (ImportError, OSError, EOFError, zlib.error) as error:
-        # No driver or pyarrow, no permission or network, broken compression. `from None`, because
-        # the traceback of the first error would show a URL with its password.
-        reason = f"{type(error).__name__}: {error}".replace(source, shown)
+        # No driver or pyarrow, no permission or network, broken compression. What comes with a
+        # URL that holds a password or a key may repeat it, hence also `from None`.
+        reason = f"{type(error).__name__}: {error}" if shown == source else type(error).__name__
         raise ValueError(f"cannot read {shown}: {reason}") from None
 
 
@@ -191,7 +191,7 @@ def _read_parquet(file: IO[bytes], shown: str) -> list[Row]:
     except ImportError as error:
         raise ImportError("Parquet needs pyarrow: pip install pyarrow") from error
     try:
-        return parquet.read_table(file).to_pylist()
+        return cast("list[Row]", parquet.read_table(file).to_pylist())
     except ArrowException as error:
         raise ValueError(f"{shown}: not a readable Parquet file: {error}") from error
 
@@ -215,7 +215,7 @@ def _load_dataset(name: str, dataset_config: str | None, split: str | None) -> S
             "datasets. If it is a class: write class_path: " + name
         ) from None
     try:
-        return load_dataset(name, dataset_config, split=split)
+        return cast("Sequence[Row]", load_dataset(name, dataset_config, split=split))
     except (OSError, ValueError) as error:  # not there, no network, unknown configuration or split
         raise ValueError(
             f"datasets.load_dataset({name!r}, {dataset_config!r}, split={split!r}) failed: {error}"

@@ -11,6 +11,28 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+def load_tokenizer(name_or_path: str, **options: Any) -> Any:
+    """Load the tokenizer that was saved, and not another of the same model family.
+
+    Beside a Qwen2 model, and some others, AutoTokenizer puts that model's own pre-tokenizer in
+    the place of the one in the folder, and then splits texts otherwise than in training.
+
+    Args:
+        name_or_path: a name on the Hub or a local folder.
+        **options: of `from_pretrained`, such as revision.
+
+    Returns:
+        A tokenizer; no code from the folder is run.
+    """
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+    from transformers.models.auto.tokenization_auto import get_tokenizer_config
+
+    declared = get_tokenizer_config(name_or_path, revision=options.get("revision"))
+    is_generic = declared.get("tokenizer_class") in ("PreTrainedTokenizerFast", "TokenizersBackend")
+    loader = PreTrainedTokenizerFast if is_generic else AutoTokenizer
+    return loader.from_pretrained(name_or_path, trust_remote_code=False, **options)
+
+
 def tokenize_prompts(
     prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase
 ) -> list[list[int]]:

@@ -146,6 +146,9 @@ def test_a_small_but_real_spread_keeps_its_advantage():
 def test_the_spread_is_relative_to_the_largest_size_not_the_largest_value():
     # Spread 1.1e-6 around -1: not noise, although the largest value is the smaller in size.
     assert advantages([-1.0, -1.0 - 1.1e-6], scale="none")[0] > 5e-7
+    # Just inside one millionth of the larger size, on either side of zero.
+    spread = 1e-6 + 5e-13
+    assert advantages([1.0, 1.0 + spread]) == advantages([-1.0, -1.0 - spread]) == [0.0, 0.0]
     # Spread 1 around a million is noise on either side of zero.
     assert advantages([-1e6, -1e6 + 0.9]) == [0.0, 0.0]
     assert advantages([1e6, 1e6 + 0.9]) == [0.0, 0.0]

@@ -37,12 +37,15 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
+TOKENIZER = make_tokenizer()
+
+
 class QueueModule(L.LightningModule):
     """Takes prompts as the real callbacks do: when its queue is empty."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.tokenizer = make_tokenizer()
+        self.tokenizer = TOKENIZER
         self.weight = torch.nn.Parameter(torch.zeros(()))
         self.queue: list[tuple[int, list[str]]] = []
         self.trace: list[tuple[int, list[str]]] = []
@@ -116,7 +119,7 @@ def test_an_unshuffled_stream_repeats_the_rows_and_drops_the_ragged_tail():
 
 def test_each_epoch_is_another_permutation_without_repetition():
     stream = PromptStream(8, 2, shuffle=True, seed=0)
-    epochs = [sum((stream.next_batch() for _ in range(4)), []) for _ in range(5)]
+    epochs = [[row for _ in range(4) for row in stream.next_batch()] for _ in range(5)]
     assert all(sorted(epoch) == list(range(8)) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == 5
 
@@ -286,12 +289,37 @@ def test_overfit_batches_repeats_the_first_prompts(overfit):
     assert [batch.prompts for batch in module.taken] == two_batches * 3
 
 
+def test_overfit_batches_that_end_within_an_iteration_repeat_the_whole_iteration():
+    module = fit(overfit_batches=3, max_epochs=2)
+    assert [batch.prompts[0] for batch in module.taken] == ["p0", "p4", "p0"]
+
+
+def test_another_tokenizer_prepares_the_prompts_anew_and_starts_at_the_first():
+    data, trainer, module = make_data(), make_trainer(max_epochs=1), QueueModule()
+    trainer.fit(QueueModule(), data)
+    module.tokenizer = make_tokenizer()
+    module.tokenizer.add_tokens(["p1"])
+    trainer.fit_loop.max_epochs = 2
+    trainer.fit(module, data)
+    batch = module.taken[0]
+    assert batch.prompts == ["p0", "p10", "p6", "p4"]
+    zero, letter, new = 2, 13, len(TOKENIZER)
+    assert batch.prompt_ids == [[letter, zero], [new, zero], [letter, zero + 6], [letter, zero + 4]]
+
+
 def test_the_module_knows_its_longest_prompt_and_its_columns():
     data = make_data(ROWS, [{"prompt": "p12345"}, {"prompt": "p", "answer": 1, "other": 2}])
     fit(data, max_steps=1)
     assert data.longest_prompt == 6
     assert data.column_names == ["answer"]
     assert data.num_prompt_batches == 3
+
+
+def test_prompts_to_predict_need_no_columns_for_rewards():
+    data = make_data(ROWS, None, None, [{"prompt": "p"}])
+    fit(data, max_steps=1)
+    make_trainer().predict(QueueModule(), data)
+    assert data.column_names == ["answer"]
 
 
 def test_what_was_read_is_reported(caplog):
@@ -313,7 +341,7 @@ def test_what_was_read_is_reported(caplog):
 
 
 def prepared(num_rows: int):
-    return prepare_prompts(ROWS[:num_rows], PromptFormat(), make_tokenizer())
+    return prepare_prompts(ROWS[:num_rows], PromptFormat(), TOKENIZER)
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
@@ -358,6 +386,9 @@ def test_only_the_first_validation_prompts_are_used_on_request():
     module = QueueModule()
     make_trainer().validate(module, make_data(ROWS, ROWS, max_val_prompts=3))
     assert [batch.prompts.prompts for batch in module.batches] == [["p0", "p1", "p2"]]
+    module = QueueModule()
+    make_trainer().test(module, make_data(ROWS, None, ROWS, max_val_prompts=3))
+    assert [len(batch.prompts) for batch in module.batches] == [13]
 
 
 def test_fit_validates_when_there_is_validation_data_and_not_otherwise():

@@ -187,11 +187,11 @@ def test_a_token_that_was_impossible_is_clipped_and_not_a_nan():
     assert logprobs.grad.tolist() == [[0.0, 0.0, 0.0]]
 
 
-def test_an_unclipped_overflow_shows_in_the_loss():
-    logprobs = torch.tensor([[-1.0]])
-    old, mask = torch.tensor([[-201.0]]), torch.tensor([[True]])
-    output = clipped_policy_loss(logprobs, old, torch.tensor([[-1.0]]), mask)
-    assert output.per_token.item() == math.inf
+def test_an_unclipped_overflow_shows_in_the_loss_of_its_token_alone():
+    logprobs, old = torch.tensor([[-1.0, -1.0]]), torch.tensor([[-201.0, -201.0]])
+    mask = torch.tensor([[True, True]])
+    output = clipped_policy_loss(logprobs, old, torch.tensor([[-1.0, 0.0]]), mask)
+    assert output.per_token.tolist() == [[math.inf, 0.0]]
 
 
 @pytest.mark.parametrize(

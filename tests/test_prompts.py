@@ -193,7 +193,7 @@ def test_overlong_prompts_can_be_dropped_and_counted():
     assert prompts.columns == {"n": [0, None]}
     assert prompts.row_indices == [0, 2]
     assert prompts.num_overlong == 1
-    with pytest.raises(ValueError, match="3 of 3 rows .* would leave none"):
+    with pytest.raises(ValueError, match=r"3 of 3 rows .* would leave none"):
         prepared(max_prompt_tokens=1, overlong_prompts="drop")
 
 
@@ -217,7 +217,7 @@ def test_left_truncation_never_cuts_the_end_of_the_chat_template():
     ids = tokenize_prompts([chat], tokenizer)[0]
     assert len(ids) == 8  # <bos> <user> 1 2 3 <eos> <bot> :
     assert left_truncate(chat, ids, 4, tokenizer) == [BOS, EOS, *ids[-2:]]
-    with pytest.raises(ValueError, match="max_prompt_tokens=3 .* at least 4"):
+    with pytest.raises(ValueError, match=r"max_prompt_tokens=3 .* at least 4"):
         left_truncate(chat, ids, 3, tokenizer)
 
 
@@ -228,6 +228,10 @@ def test_the_template_leaves_all_columns_to_the_rewards():
     by_template = prepare_prompts(rows, PromptFormat(prompt_template="{question}="), tokenizer)
     assert by_column.columns == {"answer": ["2"]}
     assert by_template.columns == {"question": ["1"], "answer": ["2"]}
+    from_prompt = prepare_prompts(
+        [{"prompt": "1"}], PromptFormat(prompt_template="{prompt}="), tokenizer
+    )
+    assert (from_prompt.prompts, from_prompt.columns) == (["1="], {"prompt": ["1"]})
 
 
 def test_select_gives_rows_in_the_asked_order_with_the_given_groups():

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import inspect
 import logging
 import math
 import os
@@ -212,13 +213,19 @@ def test_a_function_that_raises_is_named_and_its_error_kept(function, kind):
 @pytest.mark.parametrize("policy", ["raise", "skip", "value"])
 @pytest.mark.parametrize("make", [raising, raising_async])
 def test_ctrl_c_is_never_swallowed(make, policy):
-    async def innocent(completions):
+    coroutines = []
+
+    async def zeros():
         return [0.0] * 3
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")  # no "coroutine was never awaited"
-        with pytest.raises(KeyboardInterrupt):
-            score([innocent, make(KeyboardInterrupt())], on_error=policy)
+    def innocent(completions):
+        coroutines.append(zeros())
+        return coroutines[-1]
+
+    with pytest.raises(KeyboardInterrupt):
+        score([innocent, make(KeyboardInterrupt())], on_error=policy)
+    # Python warns of a coroutine that is dropped without being awaited or closed.
+    assert inspect.getcoroutinestate(coroutines[0]) == inspect.CORO_CLOSED
     assert equal(score([innocent]).rewards, [0, 0, 0])
 
 
@@ -468,9 +475,15 @@ def test_a_column_of_another_length_is_refused():
 
 
 def test_no_rows_give_no_rewards_and_no_call():
-    scores = Scorer([raising(AssertionError())])([], [], [], {"answer": []})
-    assert scores.rewards.shape == (0,)
-    assert scores.function_rewards["failing"].shape == (0,)
+    calls = []
+
+    def spy(completions):
+        calls.append(completions)
+        return []
+
+    scores = Scorer([spy])([], [], [], {"answer": []})
+    assert scores.rewards.shape == scores.function_rewards["spy"].shape == (0,)
+    assert calls == []
 
 
 def test_logged_columns_have_a_value_per_row():

@@ -123,7 +123,7 @@ def test_bytes_that_are_not_utf8_are_named_with_their_place(tmp_path, name, plac
 def test_a_cut_off_gzip_file_is_refused(tmp_path):
     path = tmp_path / "a.jsonl.gz"
     path.write_bytes(gzip.compress(JSONL.encode() * 100)[:-20])
-    with pytest.raises(ValueError, match="cannot read .*EOFError"):
+    with pytest.raises(ValueError, match=r"cannot read .*EOFError"):
         read_rows(str(path))
 
 
@@ -171,10 +171,22 @@ def test_an_object_without_rows_is_refused(source, message):
 
 
 def test_a_password_in_a_url_is_not_repeated():
-    with pytest.raises(ValueError) as caught:
-        read_rows("memory://user:secret@nowhere/a.jsonl?key=signature")
-    assert "secret" not in str(caught.value)
-    assert "signature" not in str(caught.value)
+    fsspec.filesystem("memory").mkdirs("/user:secret@somewhere/folder.jsonl")
+    for source in (
+        "memory://user:secret@nowhere/a.jsonl",
+        "memory://user:secret@nowhere/a.jsonl?key=secret",
+        "memory://user:secret@somewhere/folder.jsonl",
+        "memory://user:secret@nowhere/a.txt?key=secret",
+    ):
+        with pytest.raises(ValueError, match="where/") as caught:
+            read_rows(source)
+        assert "secret" not in str(caught.value)
+        assert caught.value.__suppress_context__ or caught.value.__context__ is None
+
+
+def test_line_ends_inside_a_quoted_csv_field_are_kept(tmp_path):
+    (tmp_path / "a.csv").write_bytes(b'prompt,answer\r\n"1\r\n2",3\r\n')
+    assert list(read_rows(str(tmp_path / "a.csv"))) == [{"prompt": "1\r\n2", "answer": "3"}]
 
 
 def test_a_dataset_name_without_the_package_says_how_to_install_it(monkeypatch):

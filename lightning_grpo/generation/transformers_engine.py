@@ -81,7 +81,8 @@ class TransformersEngine:
                 if on_finished is not None:
                     done = finished
                     ends.report = lambda n, done=done: on_finished(done + n, num_rows)
-                self._decode(model, [prompts.prompt_ids[r // group_size] for r in chunk], draws, ends)
+                prompt_ids = [prompts.prompt_ids[row // group_size] for row in chunk]
+                self._decode(model, prompt_ids, draws, ends)
                 parts.append(ends.completions())
                 finished += len(chunk)
             return parts
@@ -214,9 +215,7 @@ def left_pad(
     return ids.to(device), mask.to(device)
 
 
-def _concatenate(
-    parts: list[Completions], pad_token_id: int, device: torch.device
-) -> Completions:
+def _concatenate(parts: list[Completions], pad_token_id: int, device: torch.device) -> Completions:
     width = max((part.completion_ids.shape[1] for part in parts), default=1)
 
     def widen(x: Tensor, value: float) -> Tensor:

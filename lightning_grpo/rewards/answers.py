@@ -131,7 +131,8 @@ def _only_number(text: str) -> str | None:
 
 def _canonical_match(match: re.Match[str]) -> str:
     size = Decimal(match["size"].replace(",", ""))
-    return _canonical(-size if match["sign"] else size)
+    # Not `-size`, which would round to the precision of the decimal context.
+    return _canonical(size.copy_negate() if match["sign"] else size)
 
 
 def _canonical(value: Decimal) -> str:

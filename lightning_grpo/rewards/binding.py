@@ -86,7 +86,9 @@ def _accepted_arguments(function: Callable[..., Any]) -> set[str] | None:
 
 def _copied(value: Any) -> Any:
     if isinstance(value, list):
-        return [_copied(item) if isinstance(item, (list, dict)) else item for item in value]
+        # Looking at the types first makes long lists of token ids cheap.
+        is_nested = any(issubclass(kind, (list, dict)) for kind in set(map(type, value)))
+        return [_copied(item) for item in value] if is_nested else list(value)
     if isinstance(value, dict):
         return {key: _copied(item) for key, item in value.items()}
     return value

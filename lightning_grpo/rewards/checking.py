@@ -71,8 +71,6 @@ def _number(value: Any) -> float | None:
     """Return a reward as float: NaN if it is None, and None if it is no reward."""
     if value is None:
         return math.nan
-    if isinstance(value, Tensor):
-        value = value.detach()
     if isinstance(value, (Tensor, np.ndarray, np.generic)):
         value = value.item() if value.ndim == 0 else None
     if not isinstance(value, numbers.Real):

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from lightning_grpo.tokenizing import load_tokenizer
 from lightning_grpo.types import CompletionText, Prompt
 
 
@@ -141,8 +142,8 @@ class RewardModel:
 
     def _num_positions(self) -> int:
         config = self._model.config.get_text_config()
-        positions = getattr(config, "max_position_embeddings", None) or sys.maxsize
-        return min(positions, self._tokenizer.model_max_length)
+        positions: int = getattr(config, "max_position_embeddings", None) or sys.maxsize
+        return min(positions, int(self._tokenizer.model_max_length))
 
     def _text(self, prompt: Prompt, completion: CompletionText) -> str:
         if isinstance(prompt, str) and isinstance(completion, str):
@@ -154,7 +155,7 @@ class RewardModel:
                 f"the tokenizer of reward model {self.name_or_path} has no chat template, and the "
                 "prompts are messages; use prompts that are strings, or a reward model for chats"
             )
-        return self._tokenizer.apply_chat_template([*prompt, *completion], tokenize=False)
+        return str(self._tokenizer.apply_chat_template([*prompt, *completion], tokenize=False))
 
     def _score(self, rows: list[list[int]]) -> Tensor:
         lengths = torch.tensor([len(ids) for ids in rows])
@@ -163,24 +164,14 @@ class RewardModel:
         input_ids = torch.tensor([ids + [pad_id] * (width - len(ids)) for ids in rows])
         mask = torch.arange(width) < lengths[:, None]
         device = self._model.device
-        logits = self._model(
+        logits: Tensor = self._model(
             input_ids=input_ids.to(device), attention_mask=mask.long().to(device)
         ).logits
         return logits[:, 0].float()
 
 
 def _load_tokenizer(name_or_path: str) -> Any:
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast  # here: it takes seconds
-    from transformers.models.auto.tokenization_auto import get_tokenizer_config
-
-    # Beside a Qwen2 model, and some others, AutoTokenizer puts that model's own pre-tokenizer in
-    # the place of the one that was saved, and so splits texts otherwise than in training.
-    declared = get_tokenizer_config(name_or_path).get("tokenizer_class")
-    is_generic = declared in ("PreTrainedTokenizerFast", "TokenizersBackend")
-    loader = PreTrainedTokenizerFast if is_generic else AutoTokenizer
-    tokenizer = loader.from_pretrained(
-        name_or_path, truncation_side="left", trust_remote_code=False
-    )
+    tokenizer = load_tokenizer(name_or_path, truncation_side="left")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     if tokenizer.pad_token_id is None:

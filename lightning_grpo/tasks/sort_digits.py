@@ -36,6 +36,7 @@ class SortDigits:
         num_prompts: rows, >= 1.
         min_digits: length of the shortest digit string, >= 1.
         max_digits: length of the longest.
+        distinct: no digit occurs twice in a string, which makes the task easier.
         split: half of the strings to draw from; one in eight is for val.
         seed: decides which strings are drawn.
     """
@@ -45,6 +46,7 @@ class SortDigits:
         num_prompts: int = 4096,
         min_digits: int = 4,
         max_digits: int = 8,
+        distinct: bool = False,
         split: Literal["train", "val"] = "train",
         seed: int = 0,
     ) -> None:
@@ -54,10 +56,12 @@ class SortDigits:
             raise ValueError(
                 f"min_digits={min_digits} must lie between 1 and max_digits={max_digits}"
             )
+        if distinct and max_digits > 10:
+            raise ValueError(f"there are only 10 distinct digits, max_digits={max_digits}")
         if split not in ("train", "val"):
             raise ValueError(f"split must be train or val, got {split!r}")
         lengths = range(min_digits, max_digits + 1)
-        self._digits = _draw(num_prompts, lengths, split == "val", seed)
+        self._digits = _draw(num_prompts, lengths, split == "val", distinct, seed)
 
     def __len__(self) -> int:
         return len(self._digits)
@@ -68,12 +72,16 @@ class SortDigits:
         return {"prompt": _prompt(digits), "answer": answer, "completion": answer}
 
 
-def _draw(num_prompts: int, lengths: range, is_for_val: bool, seed: int) -> list[str]:
+def _draw(
+    num_prompts: int, lengths: range, is_for_val: bool, distinct: bool, seed: int
+) -> list[str]:
     generator = random.Random(f"sort_digits/{seed}")
     drawn: dict[str, None] = {}  # a dict keeps the order, and finds repetitions
     for _ in range(1000 + 100 * num_prompts):
         length = generator.choice(lengths)
-        digits = "".join(generator.choices("0123456789", k=length))
+        alphabet = "0123456789"
+        picked = generator.sample(alphabet, length) if distinct else None
+        digits = "".join(picked or generator.choices(alphabet, k=length))
         if _is_for_val(digits) == is_for_val:
             drawn[digits] = None
         if len(drawn) == num_prompts:
