@@ -10,13 +10,16 @@ import lightning as L
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from torch.optim.lr_scheduler import LambdaLR
 
 from lightning_grpo.module import GRPOModule
-from lightning_grpo.types import Rollout
 
 
 class IterationCheckpoint(Checkpoint):
     """Keep last.ckpt, the best one, and one of every n iterations, in <run>/checkpoints.
+
+    A resumed run takes weights and moments from the checkpoint, but the options of the optimizer
+    (learning rate, weight decay, ...) and a changed `model.beta` from its configuration.
 
     Args:
         every_n_iterations: how often last.ckpt is replaced; it is always written at the end.
@@ -46,10 +49,42 @@ class IterationCheckpoint(Checkpoint):
         self.best_score: float | None = None
         self.folder = Path("checkpoints")
         self._saved_step = -1
+        self._beta = 0.0
+        self._saved_beta: float | None = None
+        self._options: list[dict[str, Any]] = []
 
     def setup(self, trainer: L.Trainer, module: GRPOModule, stage: str) -> None:
-        """Find the run's folder."""
+        """Find the run's folder, and note the configured beta before a checkpoint is loaded."""
         self.folder = Path(trainer.log_dir or trainer.default_root_dir) / "checkpoints"
+        self._beta = module.beta
+
+    def on_fit_start(self, trainer: L.Trainer, module: GRPOModule) -> None:
+        """Note the configured options of the optimizer before those of a checkpoint are loaded."""
+        self._options = [options_of(group) for group in trainer.optimizers[0].param_groups]
+
+    def on_train_start(self, trainer: L.Trainer, module: GRPOModule) -> None:
+        """Let the configuration win over the checkpoint."""
+        if self._saved_beta is not None and self._saved_beta != self._beta:
+            module.beta = self._beta
+        groups = trainer.optimizers[0].param_groups
+        schedulers = [c.scheduler for c in trainer.lr_scheduler_configs]
+        for number, (group, options) in enumerate(zip(groups, self._options, strict=True)):
+            changed = options != options_of(group)
+            group.update(options)
+            for scheduler in schedulers:
+                if changed and isinstance(scheduler, LambdaLR):
+                    scheduler.base_lrs[number] = options["initial_lr"]
+                    factor = scheduler.lr_lambdas[number](scheduler.last_epoch)
+                    group["lr"] = options["initial_lr"] * factor
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, module: GRPOModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Keep the logged step at the number of steps.
+
+        After a resume from a Ctrl-C in the middle of a step, Lightning's own counter is one ahead.
+        """
+        trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
 
     @property
     def last_path(self) -> Path:
@@ -65,7 +100,7 @@ class IterationCheckpoint(Checkpoint):
         self, trainer: L.Trainer, module: GRPOModule, outputs: object, batch: Any, batch_idx: int
     ) -> None:
         """Save after the last minibatch of an iteration, when it is time, and at the very end."""
-        if trainer.fast_dev_run:
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         iterations = module.counters.iterations
         is_over = is_last_batch(trainer)
@@ -79,7 +114,7 @@ class IterationCheckpoint(Checkpoint):
 
     def on_validation_end(self, trainer: L.Trainer, module: GRPOModule) -> None:
         """Keep this policy when it is the best so far."""
-        if self.monitor is None or trainer.state.fn != "fit" or trainer.fast_dev_run:
+        if self.monitor is None or trainer.state.fn != "fit" or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         score = float(trainer.callback_metrics.get(self.monitor, math.nan))
         if self.is_best(score):
@@ -99,13 +134,15 @@ class IterationCheckpoint(Checkpoint):
     ) -> None:
         """Save what there is, where every rank is sure to come by."""
         reaches_all_ranks = isinstance(exception, (KeyboardInterrupt, SIGTERMException))
-        if not self.saves_on_exception or trainer.fast_dev_run or trainer.global_step == 0:
+        if not self.saves_on_exception or trainer.fast_dev_run or trainer.global_step == 0:  # type: ignore[attr-defined]
             return
         if trainer.world_size > 1 and not reaches_all_ranks:
             return
         if trainer.state.fn == "fit" and self._saved_step != trainer.global_step:
             self.save(trainer, self.last_path)
-            rank_zero_info(f"stopped at step {trainer.global_step}; resume with --ckpt_path last")
+            rank_zero_info(
+                f"stopped at step {trainer.global_step}; resume with --ckpt_path {self.last_path}"
+            )
 
     def save(self, trainer: L.Trainer, path: Path) -> None:
         """Write one checkpoint. Every rank has to call it."""
@@ -114,12 +151,13 @@ class IterationCheckpoint(Checkpoint):
             self._saved_step = trainer.global_step
 
     def state_dict(self) -> dict[str, Any]:
-        """The best score, so that a resumed run does not replace a better checkpoint."""
-        return {"best_score": self.best_score}
+        """The best score, which a resumed run has to reach, and the beta that was asked for."""
+        return {"best_score": self.best_score, "configured_beta": self._beta}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take back the best score."""
+        """Take back what `state_dict` gave."""
         self.best_score = state_dict["best_score"]
+        self._saved_beta = state_dict["configured_beta"]
 
 
 def is_last_batch(trainer: L.Trainer) -> bool:
@@ -129,3 +167,8 @@ def is_last_batch(trainer: L.Trainer) -> bool:
     max_epochs = trainer.max_epochs
     is_last_epoch = max_epochs is not None and 0 < max_epochs <= trainer.current_epoch + 1
     return is_last_epoch and trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
+
+
+def options_of(group: dict[str, Any]) -> dict[str, Any]:
+    """What a parameter group was configured with; its `lr` moves with the schedule."""
+    return {name: value for name, value in group.items() if name not in ("params", "lr")}

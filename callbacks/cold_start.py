@@ -12,7 +12,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
 from lightning_grpo.generation.transformers_engine import left_pad
-from lightning_grpo.masking import masked_mean
+from lightning_grpo.masking import masked_sum
 from lightning_grpo.module import GRPOModule
 from lightning_grpo.policy import Policy
 from lightning_grpo.prompts import prepare_prompts
@@ -52,6 +52,11 @@ class ColdStart(L.Callback):
     ) -> None:
         if num_steps and demonstrations is None:
             raise ValueError("cold_start.num_steps is set, but cold_start.demonstrations is not")
+        if num_steps < 0 or batch_size < 1:
+            raise ValueError(
+                "cold_start.num_steps must be >= 0 and cold_start.batch_size >= 1, got "
+                f"{num_steps} and {batch_size}"
+            )
         self.demonstrations = demonstrations
         self.completion_column = completion_column
         self.num_steps = num_steps
@@ -88,9 +93,23 @@ class ColdStart(L.Callback):
             )
         eos = module.tokenizer.eos_token_id
         end = [] if eos is None else [int(eos)]
-        texts = [str(text) for text in prompts.columns[self.completion_column]]
+        texts = prompts.columns[self.completion_column]
+        for number, text in enumerate(texts, start=1):
+            if not isinstance(text, str):
+                raise ValueError(
+                    f"cold_start.demonstrations: row {number} has no text in "
+                    f"{self.completion_column!r}, but {text!r}"
+                )
         encoded = module.tokenizer(texts, add_special_tokens=False)["input_ids"]
-        return [(p, [*c, *end]) for p, c in zip(prompts.prompt_ids, encoded, strict=True)]
+        pairs = [(p, [*c, *end]) for p, c in zip(prompts.prompt_ids, encoded, strict=True)]
+        longest, number = max((len(p) + len(c), i) for i, (p, c) in enumerate(pairs, start=1))
+        limit = module.policy.max_positions
+        if limit is not None and longest > limit:
+            raise ValueError(
+                f"cold_start.demonstrations: row {number} has {longest} tokens, but the model has "
+                f"only {limit} positions"
+            )
+        return pairs
 
     def train(
         self,
@@ -110,26 +129,53 @@ class ColdStart(L.Callback):
             for group in optimizer.param_groups:
                 group["lr"] = self.learning_rate * (1 - step / self.num_steps)
             batch = generator.sample(list(rows), min(self.batch_size, len(rows)))
-            with trainer.precision_plugin.train_step_context():
-                loss = demonstration_loss(policy, batch)
-            loss.backward()
+            num_tokens = sum(len(completion) for _, completion in batch)
+            loss = torch.zeros((), device=policy.device)
+            for part in split_demonstrations(batch, module.microbatch_tokens):
+                with trainer.precision_plugin.train_step_context():
+                    part_loss = demonstration_loss(policy, part) / num_tokens
+                part_loss.backward()
+                loss += part_loss.detach()
             torch.nn.utils.clip_grad_norm_(parameters, self.max_grad_norm)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            losses.append(float(loss.detach()))
+            losses.append(float(loss))
             module.phase.advance(step + 1, self.num_steps)
         return losses
 
 
+def split_demonstrations(
+    batch: Sequence[tuple[list[int], list[int]]], max_tokens: int
+) -> list[list[tuple[list[int], list[int]]]]:
+    """Cut a batch into forwards of at most `max_tokens` tokens, padding counted.
+
+    Args:
+        batch: prompt ids and completion ids of each demonstration.
+        max_tokens: budget of one forward; a single demonstration may exceed it.
+
+    Returns:
+        Parts, each of demonstrations of similar length.
+    """
+    parts: list[list[tuple[list[int], list[int]]]] = []
+    for row in sorted(batch, key=lambda row: -len(row[0]) - len(row[1])):
+        joined = [*parts[-1], row] if parts else [row]
+        width = max(len(p) for p, _ in joined) + max(len(c) for _, c in joined)
+        if parts and width * len(joined) <= max_tokens:
+            parts[-1] = joined
+        else:
+            parts.append([row])
+    return parts
+
+
 def demonstration_loss(policy: Policy, batch: Sequence[tuple[list[int], list[int]]]) -> Tensor:
-    """Mean negative log-likelihood of the demonstrated tokens.
+    """Negative log-likelihood of the demonstrated tokens, summed.
 
     Args:
         policy: in training mode.
         batch: prompt ids and completion ids of each demonstration.
 
     Returns:
-        0-d loss in nats per token.
+        0-d sum in nats.
     """
     device = policy.device
     prompt_ids, prompt_mask = left_pad([prompt for prompt, _ in batch], 0, device)
@@ -137,4 +183,4 @@ def demonstration_loss(policy: Policy, batch: Sequence[tuple[list[int], list[int
     reversed_ids, reversed_mask = left_pad([ids[::-1] for _, ids in batch], 0, device)
     completion_ids, completion_mask = reversed_ids.flip(1), reversed_mask.flip(1)
     logprobs = policy(prompt_ids, prompt_mask, completion_ids, completion_mask).logprobs
-    return -masked_mean(logprobs, completion_mask)
+    return -masked_sum(logprobs, completion_mask)

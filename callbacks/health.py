@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 
 import lightning as L
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lightning_grpo.module import GRPOModule
 from lightning_grpo.types import Minibatch, MinibatchOutput, Rollout
@@ -32,34 +33,33 @@ class HealthWarnings(L.Callback):
         if minibatch.index:
             return
         logged = trainer.callback_metrics
+        number = minibatch.iteration + 1
         if "group/zero_std_frac" in logged:
-            self._check_groups(module, float(logged["group/zero_std_frac"]))
+            self._check_groups(number, float(logged["group/zero_std_frac"]))
         if "completion/truncated_frac" in logged:
-            self._check_lengths(module, float(logged["completion/truncated_frac"]))
+            self._check_lengths(number, module, float(logged["completion/truncated_frac"]))
 
-    def _check_groups(self, module: GRPOModule, zero_std_frac: float) -> None:
+    def _check_groups(self, number: int, zero_std_frac: float) -> None:
         self._num_dead = self._num_dead + 1 if zero_std_frac >= 1 else 0
         is_dead = self._num_dead >= self.dead_iterations
         if is_dead and not self._was_dead:
-            warnings.warn(
-                f"in {self._num_dead} iterations in a row all completions of every prompt got "
-                "the same reward, so nothing is learned. If all rewards are 0: look at the "
-                "samples, and whether the reward finds the answer; use easier prompts or a cold "
-                "start. If all are 1: use harder prompts. Otherwise raise rollout.group_size or "
-                "rollout.temperature",
-                stacklevel=2,
+            rank_zero_warn(
+                f"iterations {number - self._num_dead + 1} to {number}: all completions of every "
+                "prompt got the same reward, so nothing is learned. If all rewards are 0: look "
+                "at the samples, and whether the reward finds the answer; use easier prompts or "
+                "a cold start. If all are 1: use harder prompts. Otherwise raise "
+                "rollout.group_size or rollout.temperature"
             )
         self._was_dead = is_dead
 
-    def _check_lengths(self, module: GRPOModule, truncated_frac: float) -> None:
+    def _check_lengths(self, number: int, module: GRPOModule, truncated_frac: float) -> None:
         is_truncated = truncated_frac > self.truncated_frac
         if is_truncated and not self._was_truncated:
             limit = module.settings.sampling.max_completion_tokens
-            warnings.warn(
-                f"{truncated_frac:.0%} of the completions reached rollout.max_completion_tokens "
-                f"({limit}) without an end: raise it, or check that the model knows its EOS "
-                "token (rollout.stop_strings can end completions too)",
-                stacklevel=2,
+            rank_zero_warn(
+                f"iteration {number}: {truncated_frac:.0%} of the completions reached "
+                f"rollout.max_completion_tokens ({limit}) without an end: raise it, or check that "
+                "the model knows its EOS token (rollout.stop_strings can end completions too)"
             )
         self._was_truncated = is_truncated
 

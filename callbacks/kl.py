@@ -9,6 +9,7 @@ import torch
 
 from lightning_grpo.kl import adaptive_beta
 from lightning_grpo.module import GRPOModule
+from lightning_grpo.snapshot import local_weights
 from lightning_grpo.types import Minibatch, MinibatchOutput, Rollout
 
 
@@ -145,6 +146,4 @@ class KLMonitor(L.Callback):
 
 def local_parameters(module: GRPOModule) -> list[torch.Tensor]:
     """The part of each trainable parameter that this rank holds."""
-    from lightning_grpo.snapshot import local_weights
-
     return list(local_weights(module.policy).values())

@@ -27,6 +27,7 @@ class PredictionWriter(L.Callback):
 
     def on_predict_start(self, trainer: L.Trainer, module: GRPOModule) -> None:
         """Open an empty file."""
+        module.phase.enter("predicting")
         file = Path(self.path) if self.path else module.run_dir / "predictions.jsonl"
         if trainer.world_size > 1:
             file = file.with_suffix(f".{trainer.global_rank}{file.suffix}")

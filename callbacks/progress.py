@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
+from collections.abc import Iterable
 from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import ProgressBar
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -29,7 +31,7 @@ class IterationProgress(ProgressBar):
     """Show iteration, reward, KL, tokens per second, and what the run is doing.
 
     On a terminal it is a bar that stays at the bottom; elsewhere (a file, a job's log) it is one
-    line per iteration, at most one in `seconds_between_lines`.
+    line per iteration, at most one in `seconds_between_lines`, and the last one.
 
     Args:
         refresh_per_second: how often the bar is drawn.
@@ -55,69 +57,136 @@ class IterationProgress(ProgressBar):
 
     def on_fit_start(self, trainer: L.Trainer, module: GRPOModule) -> None:
         """Draw the bar, before a cold start or the first validation."""
-        if not self._is_enabled or not self.console.is_terminal:
+        self._start(trainer, module, "iteration", None)
+
+    def on_validation_start(self, trainer: L.Trainer, module: GRPOModule) -> None:
+        """Draw a bar for `validate`; inside a fit the phase tells enough."""
+        if trainer.state.fn == "validate":
+            self._start(trainer, module, "batch", sum(trainer.num_val_batches))
+
+    def on_test_start(self, trainer: L.Trainer, module: GRPOModule) -> None:
+        """Draw a bar for `test`."""
+        self._start(trainer, module, "batch", sum(trainer.num_test_batches))
+
+    def on_predict_start(self, trainer: L.Trainer, module: GRPOModule) -> None:
+        """Draw a bar for `predict`."""
+        self._start(trainer, module, "batch", sum(trainer.num_predict_batches))
+
+    def on_validation_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
+        """Move on by a batch of `validate`."""
+        if trainer.state.fn == "validate":
+            self._advance()
+
+    def on_test_batch_end(self, *args: Any) -> None:
+        """Move on by a batch of `test`."""
+        self._advance()
+
+    def on_predict_batch_end(self, *args: Any) -> None:
+        """Move on by a batch of `predict`."""
+        self._advance()
+
+    def on_validation_end(self, trainer: L.Trainer, module: GRPOModule) -> None:
+        """Leave the bar of `validate` as it is, above the results."""
+        if trainer.state.fn == "validate":
+            self._stop(module, "done")
+
+    def on_test_end(self, trainer: L.Trainer, module: GRPOModule) -> None:
+        """Leave the bar as it is, above the results."""
+        self._stop(module, "done")
+
+    def on_predict_end(self, trainer: L.Trainer, module: GRPOModule) -> None:
+        """Leave the bar as it is."""
+        self._stop(module, "done")
+
+    def _start(
+        self, trainer: L.Trainer, module: GRPOModule, unit: str, total: float | None
+    ) -> None:
+        if not self._is_enabled or not self.console.is_terminal or self.bar is not None:
             return
-        self.bar = Progress(
-            TextColumn("iteration"),
+        self.bar = _TwoLines(
+            TextColumn(unit),
             MofNCompleteColumn(),
             BarColumn(bar_width=20),
             TimeElapsedColumn(),
             TextColumn("<"),
             TimeRemainingColumn(),
-            _Metrics(trainer),
             _PhaseNow(module),
             console=self.console,
             refresh_per_second=self.refresh_per_second,
         )
+        self.bar.trainer = trainer
+        original = sys.stderr
         self.bar.start()
-        self.bar.add_task("fit", total=None)
+        redirect_logging(original, sys.stderr)
+        self.bar.add_task(unit, total=total)
         module.print_above_bar = self.bar.console.print
+
+    def _advance(self) -> None:
+        if self.bar is not None:
+            self.bar.advance(self.bar.task_ids[0])
 
     def on_train_start(self, trainer: L.Trainer, module: GRPOModule) -> None:
         """Set the number of iterations, now that the data is there."""
         if self.bar is not None:
             total = num_iterations(trainer)
-            self.bar.update(
-                self.bar.task_ids[0], total=total, completed=module.counters.iterations
-            )
+            self.bar.update(self.bar.task_ids[0], total=total, completed=module.counters.iterations)
 
     def on_iteration_end(self, trainer: L.Trainer, module: GRPOModule, rollout: Rollout) -> None:
         """Move on by one."""
         if self.bar is not None:
             self.bar.update(self.bar.task_ids[0], completed=module.counters.iterations)
+        if self.bar is not None or not self._is_enabled:
+            return
         now = time.monotonic()
-        if self.bar is None and self._is_enabled:
-            if now - self._last_line < self.seconds_between_lines:
-                return
-            self._last_line = now
-            total = num_iterations(trainer)
-            of_total = "" if total is None else f"/{total}"
-            line = f"iteration {module.counters.iterations}{of_total} {metrics_line(trainer)}"
-            print(line, file=sys.stderr, flush=True)
+        done, total = module.counters.iterations, num_iterations(trainer)
+        if now - self._last_line < self.seconds_between_lines and done != total:
+            return
+        self._last_line = now
+        of_total = "" if total is None else f"/{total}"
+        print(f"iteration {done}{of_total} {metrics_line(trainer)}", file=sys.stderr, flush=True)
 
     def on_train_end(self, trainer: L.Trainer, module: GRPOModule) -> None:
         """Leave the bar as it is."""
-        self._stop(module)
+        self._stop(module, "done")
 
     def on_exception(
         self, trainer: L.Trainer, module: GRPOModule, exception: BaseException
     ) -> None:
         """Give the terminal back."""
-        self._stop(module)
+        self._stop(module, "stopped")
 
     def teardown(self, trainer: L.Trainer, module: GRPOModule, stage: str) -> None:
         """Give the terminal back."""
-        self._stop(module)
+        self._stop(module, "done")
 
     def print(self, *args: Any, **kwargs: Any) -> None:
         """Print above the bar."""
         (self.bar.console.print if self.bar is not None else print)(*args)
 
-    def _stop(self, module: GRPOModule) -> None:
+    def _stop(self, module: GRPOModule, last_phase: str) -> None:
         if self.bar is not None:
+            module.phase.enter(last_phase)
+            redirected = sys.stderr
             self.bar.stop()
+            redirect_logging(redirected, sys.stderr)
             self.bar = None
             module.print_above_bar = None
+
+
+def redirect_logging(old: Any, new: Any) -> None:
+    """Make log handlers that write to one stream write to another.
+
+    Handlers keep the stream they were made with; what they wrote past the bar would tear it.
+
+    Args:
+        old: the stream to replace.
+        new: the stream to write to.
+    """
+    loggers = [logging.getLogger(), *logging.root.manager.loggerDict.values()]
+    for logger in loggers:
+        for handler in getattr(logger, "handlers", []):
+            if isinstance(handler, logging.StreamHandler) and handler.stream is old:
+                handler.setStream(new)
 
 
 def num_iterations(trainer: L.Trainer) -> int | None:
@@ -126,7 +195,7 @@ def num_iterations(trainer: L.Trainer) -> int | None:
     steps = trainer.estimated_stepping_batches
     if steps == float("inf"):
         return None
-    return -(-int(steps) * trainer.accumulate_grad_batches // slots)
+    return int(-(-int(steps) * trainer.accumulate_grad_batches // slots))
 
 
 def metrics_line(trainer: L.Trainer) -> str:
@@ -145,13 +214,16 @@ def metrics_line(trainer: L.Trainer) -> str:
     )
 
 
-class _Metrics(ProgressColumn):
-    def __init__(self, trainer: L.Trainer) -> None:
-        super().__init__()
-        self.trainer = trainer
+class _TwoLines(Progress):
+    """The bar, and the metrics under it: side by side they would not fit into 80 columns."""
 
-    def render(self, task: Task) -> Text:
-        return Text(metrics_line(self.trainer), style="cyan")
+    trainer: L.Trainer | None = None
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        yield self.make_tasks_table(self.tasks)
+        line = metrics_line(self.trainer) if self.trainer is not None else ""
+        if line:
+            yield Text(line, style="cyan", no_wrap=True, overflow="ellipsis")
 
 
 class _PhaseNow(ProgressColumn):
@@ -160,4 +232,4 @@ class _PhaseNow(ProgressColumn):
         self.module = module
 
     def render(self, task: Task) -> Text:
-        return Text(str(self.module.phase), style="magenta")
+        return Text(str(self.module.phase), style="magenta", no_wrap=True, overflow="ellipsis")

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import time
+from typing import Literal
 
 import lightning as L
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
-from lightning_grpo.loaders import Slot
+from lightning_grpo.distributed import failing_together
 from lightning_grpo.hooks import call_hook
+from lightning_grpo.loaders import Slot
 from lightning_grpo.masking import reduction_count
 from lightning_grpo.module import GRPOModule
 from lightning_grpo.replay import split_microbatches, split_minibatches
@@ -58,7 +60,8 @@ class InnerEpochReplay(L.Callback):
     def on_train_start(self, trainer: L.Trainer, module: GRPOModule) -> None:
         """Refuse an epoch that would end inside an accumulation window."""
         window = trainer.accumulate_grad_batches
-        if trainer.num_training_batches % window:
+        is_dry_run = trainer.fast_dev_run  # type: ignore[attr-defined]
+        if trainer.num_training_batches % window and not is_dry_run:
             raise ValueError(
                 f"an epoch of {trainer.num_training_batches} minibatches (limit_train_batches, "
                 f"overfit_batches) ends inside a window of accumulate_grad_batches = {window}: "
@@ -107,13 +110,14 @@ class InnerEpochReplay(L.Callback):
         rollout = to_device(module.rollout, module.device)
         iteration = module.counters.iterations
         key = f"{module.settings.seed}/{iteration}"
-        rows = [
-            part
-            for epoch in range(self.num_epochs)
-            for part in split_minibatches(
-                rollout, self.num_minibatches, shuffle_key=f"{key}/{epoch}"
-            )
-        ]
+        with failing_together(module, "cutting the rollout into minibatches"):
+            rows = [
+                part
+                for epoch in range(self.num_epochs)
+                for part in split_minibatches(
+                    rollout, self.num_minibatches, shuffle_key=f"{key}/{epoch}"
+                )
+            ]
         microbatches = [
             split_microbatches(select_rows(rollout, part), module.microbatch_tokens)
             for part in rows
@@ -171,7 +175,7 @@ class InnerEpochReplay(L.Callback):
 
 def resolve_old_logprobs(
     trainer: L.Trainer, module: GRPOModule, rollout: Rollout, recomputed: torch.Tensor
-) -> str:
+) -> Literal["sampler", "recompute"]:
     """Decide once whether the sampler's log-probs can serve as the old ones.
 
     Args:
@@ -189,6 +193,7 @@ def resolve_old_logprobs(
     is_far = not float(difference.max()) <= SAMPLER_TOLERANCE
     num_far = float(module.sum_over_ranks(torch.tensor(float(is_far))))
     is_exact = trainer.precision == "32-true" and not module.settings.sampling.is_truncated
+    choice: Literal["sampler", "recompute"]
     choice = "sampler" if is_exact and num_far == 0 else "recompute"
     rank_zero_info(
         f"old log-probs: {choice} (sampler against training forward: at most "
@@ -210,9 +215,7 @@ def equalize_over_ranks(module: GRPOModule, microbatches: list[list[torch.Tensor
         parts += [torch.zeros(0, dtype=torch.int64)] * (int(count) - len(parts))
 
 
-def window_denominators(
-    module: GRPOModule, parts: list[Rollout], window: int
-) -> list[float]:
+def window_denominators(module: GRPOModule, parts: list[Rollout], window: int) -> list[float]:
     """Counts that the loss of each optimizer step is divided by, over all ranks.
 
     Args:

@@ -10,10 +10,10 @@ import lightning as L
 import torch
 
 from lightning_grpo.advantages import group_statistics, zero_std_fraction
-from lightning_grpo.loaders import Slot
 from lightning_grpo.distributed import failing_together
 from lightning_grpo.evaluation import Judge
 from lightning_grpo.hooks import pass_through_hook
+from lightning_grpo.loaders import Slot
 from lightning_grpo.metrics import MetricSums
 from lightning_grpo.module import GRPOModule
 from lightning_grpo.rewards import RewardFunction, Scorer, Scores
@@ -94,9 +94,7 @@ class RewardScoring(L.Callback):
         module.phase.spend("scoring", seconds)
         self._log(module, module.rollout, scores, seconds)
 
-    def _log(
-        self, module: GRPOModule, rollout: Rollout, scores: Scores, seconds: float
-    ) -> None:
+    def _log(self, module: GRPOModule, rollout: Rollout, scores: Scores, seconds: float) -> None:
         assert rollout.rewards is not None
         statistics = group_statistics(rollout.rewards, rollout.group_ids)
         num_equal, num_groups = zero_std_fraction(rollout.rewards, rollout.group_ids)

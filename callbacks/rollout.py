@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import os
 import time
-from typing import Any
 
 import lightning as L
+import torch
 
-from lightning_grpo.loaders import Slot
 from lightning_grpo.distributed import failing_together
 from lightning_grpo.generation import EngineName, Sampling
 from lightning_grpo.hooks import pass_through_hook
-from lightning_grpo.metrics import MetricSums
+from lightning_grpo.loaders import Slot
 from lightning_grpo.module import GRPOModule
 from lightning_grpo.policy import eos_token_ids
 from lightning_grpo.rollout import RolloutSettings
@@ -106,28 +105,25 @@ class RolloutGeneration(L.Callback):
         self._log(module, module.rollout, seconds)
 
     def _log(self, module: GRPOModule, rollout: Rollout, seconds: float) -> None:
-        num_tokens = rollout.completion_mask.sum()
-        num_rows = num_tokens.new_tensor(len(rollout))
-        sums = MetricSums()
-        sums.add(
-            {
-                "completion/tokens_mean": (num_tokens, num_rows),
-                "completion/truncated_frac": (rollout.truncated.sum(), num_rows),
-                "num_completions": (num_rows, num_rows.new_tensor(module.num_ranks)),
-            }
+        totals = torch.stack(
+            [
+                rollout.completion_mask.sum(),
+                rollout.truncated.sum(),
+                torch.tensor(len(rollout), device=rollout.truncated.device),
+            ]
         )
-        ones = module.num_ranks
-        means = sums.reduce(module.sum_over_ranks)
-        num_completions = round(means.pop("num_completions") * ones)
-        total_tokens = round(means["completion/tokens_mean"] * num_completions)
-        module.counters.completions += num_completions
-        module.counters.tokens += total_tokens
-        metrics: dict[str, Any] = {
-            **means,
-            "time/rollout_s": seconds,
-            "throughput/completion_tokens_per_s": total_tokens / seconds,
-        }
-        module.log_dict(metrics, batch_size=1)
+        num_tokens, num_truncated, num_rows = module.sum_over_ranks(totals).tolist()
+        module.counters.completions += num_rows
+        module.counters.tokens += num_tokens
+        module.log_dict(
+            {
+                "completion/tokens_mean": num_tokens / max(num_rows, 1),
+                "completion/truncated_frac": num_truncated / max(num_rows, 1),
+                "time/rollout_s": seconds,
+                "throughput/completion_tokens_per_s": num_tokens / seconds,
+            },
+            batch_size=1,
+        )
 
 
 def longest_prompt_tokens(trainer: L.Trainer) -> int:

@@ -50,7 +50,7 @@ class SampleTable(L.Callback):
         rows = self.pick_rows(rollout)
         columns, data = table_of(rollout, rows, self.max_chars)
         if self.console:
-            title = f"samples of iteration {iteration}"
+            title = f"samples of iteration {iteration + 1}"
             print_table(columns, data, title, module.print_above_bar)
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
@@ -121,12 +121,11 @@ def shorten(text: Prompt | CompletionText, max_chars: int) -> str:
             f"{m['role']}: {m['content'] if isinstance(m['content'], str) else json.dumps(m)}"
             for m in text
         )
+    if len(text) > max_chars:
+        half = max_chars // 2
+        text = f"{text[:half]} ... {text[len(text) - half :]}"
     # Control characters of a completion could move the cursor of the terminal.
-    text = "".join(c if c == "\n" or c.isprintable() else "?" for c in text)
-    if len(text) <= max_chars:
-        return text
-    half = max_chars // 2
-    return f"{text[:half]} ... {text[-half:]}"
+    return "".join(c if c == "\n" or c.isprintable() else "?" for c in text)
 
 
 def print_table(columns: list[str], data: list[list[str]], title: str, write: Any) -> None:

@@ -35,11 +35,14 @@ class RunSummary(L.Callback):
         console.print(
             f"{counters.iterations} iterations, {counters.optimizer_steps} optimizer steps "
             f"({counters.skipped_steps} skipped), {counters.completions:,} completions, "
-            f"{counters.tokens:,} completion tokens"
+            f"{counters.tokens:,} completion tokens",
+            soft_wrap=True,
         )
         total = time.perf_counter() - self._start
-        console.print(f"time {total:.1f} s: {time_split(module.phase.seconds, total)}")
-        if not trainer.fast_dev_run:
+        console.print(
+            f"time {total:.1f} s: {time_split(module.phase.seconds, total)}", soft_wrap=True
+        )
+        if not trainer.fast_dev_run:  # type: ignore[attr-defined]
             for line in file_lines(module.run_dir):
                 console.print(line, soft_wrap=True)
 

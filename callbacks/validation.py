@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import lightning as L
 
 from lightning_grpo.module import GRPOModule
@@ -21,14 +23,20 @@ class ValidateAtEnds(L.Callback):
         self.at_start = at_start
         self.at_end = at_end
         self.results: list[tuple[int, dict[str, float]]] = []
+        self._start = 0.0
 
     def on_train_start(self, trainer: L.Trainer, module: GRPOModule) -> None:
         """Measure the policy that reinforcement learning starts from."""
         if self.at_start and trainer.global_step == 0:
             validate_now(trainer, module)
 
+    def on_validation_start(self, trainer: L.Trainer, module: GRPOModule) -> None:
+        """Start the clock."""
+        self._start = time.perf_counter()
+
     def on_validation_end(self, trainer: L.Trainer, module: GRPOModule) -> None:
-        """Remember every result for the summary."""
+        """Remember every result, and the time it took, for the summary."""
+        module.phase.spend("validating", time.perf_counter() - self._start)
         metrics = {
             name: float(value)
             for name, value in trainer.callback_metrics.items()
@@ -59,7 +67,7 @@ def validate_now(trainer: L.Trainer, module: GRPOModule) -> None:
         trainer: in fit.
         module: whose policy is measured.
     """
-    if not trainer.enable_validation or trainer.fast_dev_run:
+    if not trainer.enable_validation or trainer.fast_dev_run:  # type: ignore[attr-defined]
         return
     loop = trainer.fit_loop.epoch_loop.val_loop
     connector = trainer._logger_connector

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import logging
+import os
 import sys
-import warnings
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 from jsonargparse import lazy_instance
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from transformers.utils import logging as transformers_logging
+from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
 from lightning_grpo.algorithms import GRPO
 from lightning_grpo.callbacks import (
@@ -30,13 +30,22 @@ from lightning_grpo.callbacks import (
     SampleTable,
     ValidateAtEnds,
 )
+from lightning_grpo.console import (
+    TRACEBACK_VARIABLE,
+    error_text,
+    is_mendable,
+    quiet_libraries,
+)
 from lightning_grpo.data import PromptDataModule
 from lightning_grpo.module import GRPOModule
+from lightning_grpo.paths import resolve_package_path
 from lightning_grpo.run_files import (
     Run,
     choose_run_dir,
     config_file_name,
     find_checkpoint,
+    newest_config,
+    remove_if_nothing_ran,
     run_dir_of,
     run_loggers,
     saved_step,
@@ -66,14 +75,33 @@ TRAINER_DEFAULTS: dict[str, Any] = {
 }
 
 
+class RunParser(LightningArgumentParser):
+    """A parser that leaves data files alone, and prints no 150 lines of usage above an error."""
+
+    def add_class_arguments(self, *args: Any, **kwargs: Any) -> list[str]:
+        """Add the arguments of a class, whose values never are files of arguments.
+
+        Lightning allows that, and a CSV file would be read as YAML and its text taken as the name.
+        """
+        names: list[str] = super().add_class_arguments(*args, **kwargs | {"sub_configs": False})
+        return names
+
+    def print_usage(self, file: Any = None) -> None:
+        """Print nothing: the message names the option, and `--help` lists all."""
+
+
 class GRPOCLI(LightningCLI):
     """`fit`, `validate`, `test` and `predict` over one YAML file."""
 
-    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add a section for each callback that is always there."""
+    def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add our own sections, then the Trainer's, whose help is long."""
+        parser.add_lightning_class_args(GRPOModule, "model")
+        parser.add_lightning_class_args(PromptDataModule, "data")
         for section, callback in SECTIONS.items():
             parser.add_lightning_class_args(callback, section)
         parser.add_class_arguments(Run, "run")
+        parser.add_lightning_class_args(L.Trainer, "trainer")
+        parser.set_defaults({f"trainer.{name}": value for name, value in TRAINER_DEFAULTS.items()})
         parser.set_defaults({"model.algorithm": lazy_instance(GRPO)})
 
     def _parse_ckpt_path(self) -> None:
@@ -84,9 +112,12 @@ class GRPOCLI(LightningCLI):
         """Find the checkpoint and the run's folder before anything is made."""
         config = self.config[self.subcommand]
         run = Run(**config.run.as_dict())
+        if run.num_threads is not None:
+            torch.set_num_threads(run.num_threads)
         checkpoint = find_checkpoint(config.ckpt_path, run) if config.ckpt_path else None
         is_resume = checkpoint is not None and self.subcommand == "fit"
         self.run_dir = choose_run_dir(run, checkpoint)
+        self.is_new_dir = not self.run_dir.exists()
         self.resume_step = saved_step(checkpoint) if checkpoint and is_resume else None
         if checkpoint is not None:
             config.ckpt_path = str(checkpoint)
@@ -99,11 +130,19 @@ class GRPOCLI(LightningCLI):
         trainer_config = self._get(self.config_init, "trainer")
         if trainer_config.get("logger") in (None, True):
             kwargs["logger"] = self._loggers()
-        extra = [RunSummary()]
+        extra: list[L.Callback] = [RunSummary()]
         if trainer_config.get("enable_progress_bar") is not False:
             extra.append(IterationProgress())
-        self.trainer_defaults = {**TRAINER_DEFAULTS, "callbacks": extra}
+        self.trainer_defaults = {"callbacks": extra}
         return super().instantiate_trainer(**kwargs)
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        try:
+            super()._run_subcommand(subcommand)
+        except BaseException:
+            if self.is_new_dir and self.trainer.is_global_zero:
+                remove_if_nothing_ran(self.run_dir)
+            raise
 
     def _loggers(self) -> list[Any]:
         if self.subcommand == "fit":
@@ -115,69 +154,94 @@ class GRPOCLI(LightningCLI):
 def with_config(args: Sequence[str]) -> list[str]:
     """Add the configuration that a command line without one means.
 
-    That of the run a checkpoint belongs to, if `--ckpt_path` names a file in a run's folder;
-    else, for `fit`, conf/quickstart.yaml.
+    That of the run a checkpoint belongs to, if `--ckpt_path` names one; else, for `fit`,
+    conf/quickstart.yaml.
 
     Args:
         args: the command line without the program's name.
 
     Returns:
-        The command line, with `--config` where it was missing.
+        The command line, with `--config` where it was missing and `package://` names resolved.
+
+    Raises:
+        ValueError: the checkpoint is not there.
     """
-    args = list(args)
+    args = _resolve_config_names(args)
     names = [arg.split("=")[0] for arg in args]
     if not args or args[0].startswith("-") or "--config" in names or "-c" in names:
         return args
-    quickstart = str(files("lightning_grpo").joinpath("conf/quickstart.yaml"))
-    config = quickstart if args[0] == "fit" else None
-    checkpoint = _value_of("--ckpt_path", args)
-    if checkpoint is not None and Path(checkpoint).exists():
-        run_dir = run_dir_of(Path(checkpoint))
-        if run_dir is not None and (run_dir / "config.yaml").exists():
-            config = str(run_dir / "config.yaml")
-    elif checkpoint is not None:
-        config = quickstart
-    return args if config is None else [args[0], "--config", config, *args[1:]]
+    config = _implied_config(args)
+    return args if config is None else [args[0], "--config", str(config), *args[1:]]
+
+
+def _implied_config(args: Sequence[str]) -> Path | None:
+    quickstart = Path(str(files("lightning_grpo").joinpath("conf/quickstart.yaml")))
+    ckpt_path = _value_of("--ckpt_path", args)
+    if ckpt_path is None:
+        return quickstart if args[0] == "fit" else None
+    root_dir, name = (_value_of(f"--run.{option}", args) for option in ("root_dir", "name"))
+    run = Run(root_dir or Run.root_dir, name or "quickstart")
+    run_dir = run_dir_of(find_checkpoint(ckpt_path, run))
+    return (newest_config(run_dir) if run_dir is not None else None) or quickstart
+
+
+def _resolve_config_names(args: Sequence[str]) -> list[str]:
+    resolved = list(args)
+    for position, arg in enumerate(resolved):
+        option, equals, value = arg.partition("=")
+        if equals and option in ("--config", "-c"):
+            resolved[position] = f"{option}={resolve_package_path(value)}"
+        elif position and resolved[position - 1] in ("--config", "-c"):
+            resolved[position] = resolve_package_path(arg)
+    return resolved
 
 
 def _value_of(option: str, args: Sequence[str]) -> str | None:
+    value = None
     for position, arg in enumerate(args):
         if arg == option and position + 1 < len(args):
-            return args[position + 1]
-        if arg.startswith(f"{option}="):
-            return arg.partition("=")[2]
-    return None
+            value = args[position + 1]
+        elif arg.startswith(f"{option}="):
+            value = arg.partition("=")[2]
+    return value
 
 
 def main(args: Sequence[str] | None = None) -> None:
     """Run a command line.
 
+    An error that the user can mend is one line on stderr and exit code 1; set
+    LIGHTNING_GRPO_TRACEBACK to see where it came from. All others keep their traceback.
+
     Args:
         args: without the program's name; those of the process when None.
     """
-    sys.argv[1:] = with_config(sys.argv[1:] if args is None else args)
     quiet_libraries()
+    try:
+        # Processes that Lightning launches for other ranks repeat sys.argv.
+        sys.argv[1:] = with_config(sys.argv[1:] if args is None else args)
+        run_command_line()
+    except SIGTERMException:
+        sys.exit(128 + 15)  # Lightning would report success
+    except (ValueError, OSError, MisconfigurationException) as error:
+        if os.environ.get(TRACEBACK_VARIABLE) or not is_mendable(error):
+            raise
+        sys.exit(error_text(error))
+
+
+def run_command_line() -> None:
+    """Parse sys.argv and run what it asks for."""
+    program = Path(sys.argv[0]).name
+    program = "python -m lightning_grpo" if program == "__main__.py" else program
+    parser: dict[str, Any] = {
+        command: {"usage": f"{program} {command} [--config FILE] [options]"}
+        for command in GRPOCLI.subcommands()
+    }
     GRPOCLI(
         GRPOModule,
         PromptDataModule,
         save_config_kwargs={"overwrite": True},
-        trainer_defaults=TRAINER_DEFAULTS,
         seed_everything_default=0,
         auto_configure_optimizers=False,
+        parser_class=RunParser,
+        parser_kwargs=parser | {"prog": program},
     )
-
-
-def quiet_libraries() -> None:
-    """Keep messages off the console that a user of this program can do nothing about."""
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
-        lambda record: "litlogger" not in record.getMessage()
-        and "litmodels" not in record.getMessage()
-    )
-    transformers_logging.disable_progress_bar()
-    for message in (
-        r".*does not have many workers.*",
-        r".*eval mode at the start of training.*",
-        r".*`isinstance\(treespec, LeafSpec\)` is deprecated.*",
-        r"Total length of `list` across ranks is zero.*",
-    ):
-        warnings.filterwarnings("ignore", message=message)

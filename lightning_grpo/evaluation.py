@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torchmetrics import MeanMetric, MetricCollection
@@ -119,10 +120,10 @@ def validation_metrics(prefix: str) -> MetricCollection:
         "completion_tokens",
         "truncated_frac",
     )
-    means: dict[str, MeanMetric] = {
+    means: dict[str, Any] = {
         name: MeanMetric(nan_strategy="ignore").set_dtype(torch.float64) for name in names
     }
-    return MetricCollection(means, prefix=prefix)  # type: ignore[arg-type]
+    return MetricCollection(means, prefix=prefix)
 
 
 def update_metrics(

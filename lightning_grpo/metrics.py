@@ -39,7 +39,10 @@ class MetricSums:
         if not self.sums:
             return {}
         names = sorted(self.sums)
-        pairs = sum_over_ranks(torch.stack([self.sums[name] for name in names])).tolist()
+        # Some were counted where the model is, and some, such as rewards, on the CPU.
+        device = self.sums[names[0]].device
+        local = torch.stack([self.sums[name].to(device) for name in names])
+        pairs = sum_over_ranks(local).tolist()
         return {
             name: total / count for name, (total, count) in zip(names, pairs, strict=True) if count
         }

@@ -13,7 +13,6 @@ One iteration, and who does each part:
 from __future__ import annotations
 
 import math
-import warnings
 from collections import deque
 from collections.abc import Callable
 from dataclasses import asdict
@@ -23,29 +22,40 @@ from typing import Any, Literal
 import lightning as L
 import torch
 from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.strategies import FSDPStrategy
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 from torchmetrics import MetricCollection
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, TrainerState, get_scheduler
+from transformers import PreTrainedTokenizerBase, TrainerState, get_scheduler
 
 from lightning_grpo.algorithms import GRPO, Algorithm
+from lightning_grpo.distributed import failing_together
 from lightning_grpo.evaluation import Judge, update_metrics, validation_metrics
 from lightning_grpo.generation import Engine, SamplingKey, build_engine
 from lightning_grpo.loaders import EvalBatch, Slot
-from lightning_grpo.masking import masked_sum, reduce_loss, reduction_count
 from lightning_grpo.metrics import MetricSums
-from lightning_grpo.nonfinite import row_is_finite, write_nonfinite_rows
+from lightning_grpo.nonfinite import NonfiniteGuard
 from lightning_grpo.paths import resolve_package_path
-from lightning_grpo.policy import Dtype, Lora, Policy, eos_token_ids, load_policy, shard_policy
+from lightning_grpo.policy import (
+    Dtype,
+    Lora,
+    Policy,
+    check_mesh,
+    eos_token_ids,
+    load_policy,
+    shard_policy,
+)
 from lightning_grpo.reference import Reference, frozen_reference_hash, settle_reference
 from lightning_grpo.rewards import Scorer
 from lightning_grpo.rollout import RolloutSettings, collect_rollout
 from lightning_grpo.run_state import Counters, Phase
-from lightning_grpo.scoring import microbatch, score_completions, with_scores
+from lightning_grpo.scoring import score_completions, with_scores
 from lightning_grpo.snapshot import WeightSnapshot
+from lightning_grpo.tokenizing import load_tokenizer
 from lightning_grpo.types import Minibatch, PromptBatch, Rollout
+from lightning_grpo.update import microbatch_loss
 
 # Keys of validation draws never meet those of training.
 _VAL_SEED_OFFSET = 1_000_003
@@ -133,11 +143,10 @@ class GRPOModule(L.LightningModule):
         self.microbatch_tokens = microbatch_tokens
         self.old_policy_form = old_policy
         self.old_logprobs = old_logprobs
-        self.max_nonfinite_steps = max_nonfinite_steps
 
         path = resolve_package_path(tokenizer or name_or_path)
-        self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            path, revision=None if tokenizer else revision, trust_remote_code=False
+        self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(
+            path, revision=None if tokenizer else revision
         )
         self.policy: Policy = None  # type: ignore[assignment]  # made in configure_model
         self.reference: Reference | None = None
@@ -159,14 +168,23 @@ class GRPOModule(L.LightningModule):
         self.is_step_skipped = False
         self.is_cold_started = False
         self.minibatch_metrics: dict[str, float] = {}
-        self._num_nonfinite_in_a_row = 0
-        self._window: list[tuple[Rollout, Tensor]] = []
+        self.nonfinite_guard = NonfiniteGuard(max_nonfinite_steps)
         self._engine: Engine | None = None
         self.val_metrics = validation_metrics("val/")
         self.test_metrics = validation_metrics("test/")
 
     def setup(self, stage: str) -> None:
-        """Find out where the run writes; all ranks get rank 0's answer."""
+        """Refuse what cannot work, and find out where the run writes (on rank 0, for all)."""
+        if isinstance(self.trainer.strategy, FSDPStrategy):
+            raise ValueError(
+                "trainer.strategy fsdp (FSDP1) is not supported: use ModelParallelStrategy (FSDP2) "
+                "with data_parallel_size and tensor_parallel_size set"
+            )
+        if stage == "fit" and str(self.trainer.precision).startswith("16"):
+            raise ValueError(
+                f"trainer.precision {self.trainer.precision!r} is not supported, since its "
+                "gradients overflow before they are scaled: use bf16-mixed"
+            )
         self.run_dir = Path(self.trainer.log_dir or self.trainer.default_root_dir)
 
     def configure_model(self) -> None:
@@ -185,6 +203,7 @@ class GRPOModule(L.LightningModule):
         if needs_reference and self.trainer.is_global_zero:
             self.initial_hash = frozen_reference_hash(policy)
         if self.device_mesh is not None:
+            check_mesh(self.device_mesh)
             shard_policy(policy, self.device_mesh["data_parallel"])
         self.reference = Reference(policy) if needs_reference else None
         if self.old_policy_form == "weights" and is_fitting:
@@ -219,15 +238,22 @@ class GRPOModule(L.LightningModule):
 
     def on_train_start(self) -> None:
         """Settle the reference, after a checkpoint was loaded or a cold start was made."""
-        if self.reference is not None and not self.trainer.fast_dev_run:
-            self.reference_record = settle_reference(
-                self.reference,
-                self.reference_record,
-                folder=self.run_dir / "reference",
-                initial_hash=self.initial_hash,
-                origin="cold_start" if self.is_cold_started else self.init,
-                is_main=self.trainer.is_global_zero,
-            )
+        if self.reference is None:
+            return
+        is_dry_run = self.trainer.fast_dev_run  # type: ignore[attr-defined]
+        if is_dry_run and not self.reference_record:
+            if self.is_cold_started:
+                self.reference.retake()
+            return  # such a run leaves no files
+        self.reference_record = settle_reference(
+            self.reference,
+            self.reference_record,
+            folder=self.run_dir / "reference",
+            initial_hash=self.initial_hash,
+            origin="cold_start" if self.is_cold_started else self.init,
+            is_main=self.trainer.is_global_zero,
+            ranks=self,
+        )
 
     # One minibatch
 
@@ -242,84 +268,43 @@ class GRPOModule(L.LightningModule):
             raise RuntimeError(NO_CALLBACKS.format(what="a minibatch"))
         sums = MetricSums()
         for rows in minibatch.microbatches[:-1]:
-            loss = self.microbatch_loss(minibatch, rows, sums)
+            loss = self._scaled_loss(minibatch, rows, sums)
             self.trainer.strategy.backward(loss, self.trainer.optimizers[0])
-        loss = self.microbatch_loss(minibatch, minibatch.microbatches[-1], sums)
+        loss = self._scaled_loss(minibatch, minibatch.microbatches[-1], sums)
         self.minibatch_metrics = sums.reduce(self.sum_over_ranks)
+        self.nonfinite_guard.note_loss(self.minibatch_metrics.get("policy/loss", 0.0))
         self.log_dict(self.minibatch_metrics, batch_size=1)
         return loss * self.trainer.accumulate_grad_batches
 
-    def microbatch_loss(self, minibatch: Minibatch, rows: Tensor, sums: MetricSums) -> Tensor:
-        """Loss of some rows, scaled so that ranks and micro-batches add up to the step's loss.
-
-        Args:
-            minibatch: the rows and their denominator.
-            rows: indices into the minibatch; none makes a forward that counts nothing.
-            sums: gets the metrics.
-
-        Returns:
-            0-d loss.
-        """
-        part = microbatch(minibatch.rollout, rows)
-        output = self.policy(
-            part.prompt_ids,
-            part.prompt_mask,
-            part.completion_ids,
-            part.completion_mask,
+    def _scaled_loss(self, minibatch: Minibatch, rows: Tensor, sums: MetricSums) -> Tensor:
+        result = microbatch_loss(
+            self.policy,
+            self.algorithm,
+            minibatch,
+            rows,
+            beta=self.beta,
             temperature=self.settings.sampling.temperature,
+            max_completion_tokens=self.settings.sampling.max_completion_tokens,
         )
-        mask = part.action_mask if len(rows) else torch.zeros_like(part.action_mask)
-        loss = self.algorithm.loss(output.logprobs, part.replace(action_mask=mask), beta=self.beta)
-        reduction = self.algorithm.reduction
-        loss_sum = reduce_loss(loss.per_token, mask, reduction, denominator=1.0)
-        num_tokens = mask.sum()
-        num_max = self.settings.sampling.max_completion_tokens
-        sums.add(loss.metrics)
-        sums.add(
-            {
-                "policy/loss": (loss_sum, reduction_count(mask, reduction, num_max)),
-                "policy/entropy": (masked_sum(output.entropy, mask), num_tokens),
-                "policy/sampler_mismatch": (
-                    masked_sum((output.logprobs - part.sampler_logprobs).detach().abs(), mask),
-                    num_tokens if minibatch.index == 0 else torch.zeros_like(num_tokens),
-                ),
-            }
-        )
-        self._window.append((part, row_is_finite(output.logprobs, loss.per_token, mask)))
+        sums.add(result.metrics)
+        self.nonfinite_guard.note_rows(result.rows, result.is_finite)
         # DDP and FSDP2 average gradients over ranks; the denominator already counts all ranks.
-        return loss_sum * (self.num_ranks / minibatch.denominator)
+        return result.loss_sum * (self.num_ranks / minibatch.denominator)
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Log the gradient norm; drop the step, on all ranks, when something is not finite."""
-        gradients = [p.grad for p in self.policy.parameters() if p.grad is not None]
-        norm = get_total_norm(gradients)
+        norm = get_total_norm([p.grad for p in self.policy.parameters() if p.grad is not None])
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         self.log("policy/grad_norm", norm, batch_size=1)
-        loss = self.minibatch_metrics.get("policy/loss", 0.0)
-        self.is_step_skipped = not (torch.isfinite(norm) and math.isfinite(loss))
+        name = f"step_{self.trainer.global_step}_rank_{self.global_rank}.jsonl"
+        path = self.run_dir / "nonfinite" / name
+        self.is_step_skipped = self.nonfinite_guard.must_skip(float(norm), path)
         if self.is_step_skipped:
             # None and not zero: AdamW moves weights on a zero gradient too.
             optimizer.zero_grad(set_to_none=True)
-            self._report_nonfinite(float(norm), loss)
+            self.counters.skipped_steps += 1
         else:
-            self._num_nonfinite_in_a_row = 0
             self.counters.optimizer_steps += 1
-        self._window.clear()
-
-    def _report_nonfinite(self, norm: float, loss: float) -> None:
-        self.counters.skipped_steps += 1
-        self._num_nonfinite_in_a_row += 1
-        name = f"step_{self.trainer.global_step}_rank_{self.global_rank}.jsonl"
-        path = self.run_dir / "nonfinite" / name
-        reason = f"loss {loss}, gradient norm {norm}"
-        num_rows = write_nonfinite_rows(path, self._window, reason=reason)
-        message = f"{reason}: the step was skipped on all ranks; {num_rows} rows are in {path}"
-        if self._num_nonfinite_in_a_row >= self.max_nonfinite_steps:
-            raise RuntimeError(
-                f"{message}. This was step {self._num_nonfinite_in_a_row} in a row "
-                "(model.max_nonfinite_steps): lower the learning rate, or look at those rows"
-            )
-        warnings.warn(message, stacklevel=2)
 
     def optimizer_step(
         self,
@@ -395,8 +380,9 @@ class GRPOModule(L.LightningModule):
     def _evaluate(self, prompts: PromptBatch, metrics: MetricCollection, phase: str) -> None:
         self.phase.enter(phase)
         rollout = self.make_rollout(prompts, is_training=False)
-        if len(rollout):
+        with failing_together(self, "scoring completions"):
             scores = score_completions(self.required_scorer, rollout, self.trainer_state())
+        if len(rollout):
             rollout = with_scores(rollout, scores)
             update_metrics(
                 metrics,
@@ -442,19 +428,15 @@ class GRPOModule(L.LightningModule):
         return mesh["data_parallel"].size() if mesh is not None else self.trainer.world_size
 
     def sum_over_ranks(self, tensor: Tensor) -> Tensor:
-        """Add a tensor over all ranks."""
-        return self.trainer.strategy.reduce(tensor.to(self.device), reduce_op="sum")
+        """Add a tensor over all ranks; the tensor itself stays as it is."""
+        return self.trainer.strategy.reduce(tensor.to(self.device, copy=True), reduce_op="sum")
 
     def max_over_ranks(self, tensor: Tensor) -> Tensor:
         """The largest of a tensor's values over all ranks, each by itself."""
-        return self.trainer.strategy.reduce(tensor.to(self.device), reduce_op="max")
+        return self.trainer.strategy.reduce(tensor.to(self.device, copy=True), reduce_op="max")
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add counters, beta and what is known of the reference."""
-        # Lightning saves this count before it adds the step, so that a resume would log twice
-        # under one step.
-        progress = checkpoint["loops"]["fit_loop"]["epoch_loop.state_dict"]
-        progress["_batches_that_stepped"] = self.trainer.global_step
         checkpoint["lightning_grpo"] = {
             "counters": asdict(self.counters),
             "beta": self.beta,

@@ -1,8 +1,10 @@
-"""What is written down when a loss or a gradient is not finite."""
+"""Steps that must not happen: a loss or a gradient that is not finite."""
 
 from __future__ import annotations
 
 import json
+import math
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,69 @@ import torch
 from torch import Tensor
 
 from lightning_grpo.types import Rollout
+
+
+class NonfiniteGuard:
+    """Decides before each optimizer step whether it may happen, and writes down why not.
+
+    Args:
+        max_in_a_row: raise at so many skipped steps in a row, >= 1.
+    """
+
+    def __init__(self, max_in_a_row: int) -> None:
+        self.max_in_a_row = max_in_a_row
+        self.num_in_a_row = 0
+        self._window: list[tuple[Rollout, Tensor]] = []
+        self._window_loss = 0.0
+
+    def note_rows(self, rows: Rollout, is_finite: Tensor) -> None:
+        """Remember the rows of a forward until the step they belong to.
+
+        Args:
+            rows: (b) rows.
+            is_finite: (b,) bool of `row_is_finite`.
+        """
+        self._window.append((rows, is_finite))
+
+    def note_loss(self, loss: float) -> None:
+        """Add the loss of a minibatch to that of the step it belongs to.
+
+        Args:
+            loss: over all ranks.
+        """
+        self._window_loss += loss
+
+    def must_skip(self, grad_norm: float, path: Path) -> bool:
+        """Say whether to skip the step; the rows behind a skipped one go to a file.
+
+        Args:
+            grad_norm: of the whole gradient, over all ranks.
+            path: where this rank writes its rows.
+
+        Returns:
+            True when the step must not happen; the same on every rank.
+
+        Raises:
+            RuntimeError: too many in a row.
+        """
+        window, self._window = self._window, []
+        loss, self._window_loss = self._window_loss, 0.0
+        if math.isfinite(loss) and math.isfinite(grad_norm):
+            self.num_in_a_row = 0
+            return False
+        self.num_in_a_row += 1
+        reason = f"loss {loss}, gradient norm {grad_norm}"
+        # A finite loss has no bad row on any rank: then all rows share the gradient that is not.
+        num_rows = write_rows(path, window, reason=reason, only_bad=not math.isfinite(loss))
+        where = f"{num_rows} rows are in {path}" if num_rows else "this rank wrote no rows"
+        message = f"{reason}: the step was skipped on all ranks; {where}"
+        if self.num_in_a_row >= self.max_in_a_row:
+            raise RuntimeError(
+                f"{message}. This was step {self.num_in_a_row} in a row "
+                "(model.max_nonfinite_steps): lower the learning rate, or look at those rows"
+            )
+        warnings.warn(message, stacklevel=2)
+        return True
 
 
 def row_is_finite(logprobs: Tensor, per_token: Tensor, mask: Tensor) -> Tensor:
@@ -28,30 +93,36 @@ def row_is_finite(logprobs: Tensor, per_token: Tensor, mask: Tensor) -> Tensor:
     return (finite | ~mask).all(dim=1)
 
 
-def write_nonfinite_rows(
-    path: Path, parts: Sequence[tuple[Rollout, Tensor]], *, reason: str
+def write_rows(
+    path: Path, parts: Sequence[tuple[Rollout, Tensor]], *, reason: str, only_bad: bool
 ) -> int:
     """Append the rows behind a skipped step to a JSONL file.
 
     Args:
-        path: the file; its folder is made.
-        parts: micro-batches with (B,) bool of `row_is_finite`. When every row is finite by
-            itself, only the gradient was not, and all rows are written.
+        path: the file; it and its folder are made when there is a row.
+        parts: micro-batches with (B,) bool of `row_is_finite`.
         reason: what was not finite.
+        only_bad: leave out the rows that are finite. Rows that count nothing are never written.
 
     Returns:
-        The number of rows written.
+        The number of rows written; 0 with a warning when the file cannot be written.
     """
-    everything_finite = all(bool(finite.all()) for _, finite in parts)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    num_rows = 0
-    with path.open("a", encoding="utf-8") as file:
-        for part, finite in parts:
-            for row in range(len(part)):
-                if everything_finite or not finite[row]:
-                    file.write(json.dumps(_describe(part, row, reason), default=str) + "\n")
-                    num_rows += 1
-    return num_rows
+    lines = [
+        json.dumps(_describe(part, row, reason), default=str) + "\n"
+        for part, finite in parts
+        for row in range(len(part))
+        if part.action_mask[row].any() and not (only_bad and finite[row])
+    ]
+    if not lines:
+        return 0
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a", encoding="utf-8") as file:
+            file.writelines(lines)
+    except OSError as error:  # one rank must not stop alone, while the others go on
+        warnings.warn(f"{path} cannot be written: {error}", stacklevel=2)
+        return 0
+    return len(lines)
 
 
 def _describe(part: Rollout, row: int, reason: str) -> dict[str, Any]:
@@ -68,6 +139,6 @@ def _describe(part: Rollout, row: int, reason: str) -> dict[str, Any]:
         description["advantage"] = float(part.advantages[row, 0])
     for name in ("sampler_logprobs", "old_logprobs", "ref_logprobs"):
         values = getattr(part, name)
-        if values is not None:
+        if values is not None and length:
             description[f"{name}_min"] = float(values[row, :length].min())
     return description

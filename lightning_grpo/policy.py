@@ -76,7 +76,9 @@ class Policy(nn.Module):
     @property
     def causal_lm(self) -> PreTrainedModel:
         """The transformers model, without the peft wrapper."""
-        return self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+        if isinstance(self.model, PeftModel):
+            return self.model.get_base_model()  # type: ignore[return-value]
+        return self.model
 
     @property
     def is_lora(self) -> bool:
@@ -143,7 +145,8 @@ class Policy(nn.Module):
         """
         from torch.distributed.fsdp import FSDPModule
 
-        shards = [m for m in self.modules() if isinstance(m, FSDPModule) and m is not self]
+        _, *inner = self.modules()
+        shards = [module for module in inner if isinstance(module, FSDPModule)]
         for shard in shards:
             shard.unshard()
             shard.set_reshard_after_forward(False, recurse=False)
@@ -226,7 +229,9 @@ def load_policy(
     if not dropout:
         _zero_dropout(model)
     if activation_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        # Renamed in transformers 5; the old name goes in 6.
+        enable = getattr(model, "activation_checkpointing_enable", None)
+        (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
     if lora is not None:
         model = _add_adapter(model, lora)
     return Policy(model, num_tokens)
@@ -251,6 +256,24 @@ def _add_adapter(model: PreTrainedModel, lora: Lora) -> PeftModel:
         task_type="CAUSAL_LM",
     )
     return get_peft_model(model, config)  # type: ignore[return-value]
+
+
+def check_mesh(mesh: DeviceMesh) -> None:
+    """Refuse a mesh whose ranks would hold copies of the same work.
+
+    Args:
+        mesh: of ModelParallelStrategy, with the dimensions data_parallel and tensor_parallel.
+
+    Raises:
+        ValueError: the tensor-parallel dimension is larger than 1.
+    """
+    size = mesh["tensor_parallel"].size()
+    if size != 1:
+        raise ValueError(
+            f"trainer.strategy has tensor_parallel_size {size} (its default is all devices), but "
+            "the policy is sharded over data-parallel ranks only: set tensor_parallel_size to 1 "
+            "and data_parallel_size to the number of devices"
+        )
 
 
 def shard_policy(policy: Policy, mesh: DeviceMesh) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from lightning_grpo.distributed import HasSum, failing_together
 from lightning_grpo.policy import Policy
 from lightning_grpo.snapshot import WeightSnapshot, local_weights
 
@@ -75,11 +76,13 @@ def trainable_state(policy: Policy) -> dict[str, Tensor]:
     """
     trainable = {name for name, p in policy.named_parameters() if p.requires_grad}
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    state = get_model_state_dict(policy, options=options)
+    state: dict[str, Any] = get_model_state_dict(policy, options=options)
     return {name: tensor for name, tensor in state.items() if name in trainable}
 
 
-def save_reference(policy: Policy, folder: Path, *, is_writer: bool) -> dict[str, str]:
+def save_reference(
+    policy: Policy, folder: Path, *, is_writer: bool, ranks: HasSum
+) -> dict[str, str]:
     """Write the policy's weights as the reference of a run whose reference no folder holds.
 
     A full model is written as a transformers folder, an adapter as one safetensors file. Every
@@ -89,29 +92,36 @@ def save_reference(policy: Policy, folder: Path, *, is_writer: bool) -> dict[str
         policy: at the reference's weights.
         folder: where to write.
         is_writer: whether this rank writes.
+        ranks: adds over the ranks, which fail together.
 
     Returns:
         Folder name and hash for the checkpoint; on other ranks the hash is empty.
     """
     state = trainable_state(policy)
-    if is_writer:
-        folder.mkdir(parents=True, exist_ok=True)
-        if policy.is_lora:
+    with failing_together(ranks, "writing the reference"):
+        if is_writer:
+            folder.mkdir(parents=True, exist_ok=True)
+        if is_writer and policy.is_lora:
             save_file({k: v.contiguous() for k, v in state.items()}, folder / _FILE_NAME)
-        else:
+        elif is_writer:
             inner = {name.removeprefix("model."): tensor for name, tensor in state.items()}
             policy.causal_lm.save_pretrained(folder, state_dict=inner)
     return {"folder": folder.name, "sha256": weights_hash(state) if is_writer else ""}
 
 
-def load_reference(reference: Reference, folder: Path, sha256: str, *, is_checker: bool) -> None:
+def read_reference(
+    policy: Policy, folder: Path, sha256: str, *, is_checker: bool
+) -> dict[str, Tensor]:
     """Read a reference that `save_reference` wrote, and check that it is the same.
 
     Args:
-        reference: gets the weights.
+        policy: what it is a reference of.
         folder: as written.
         sha256: the hash from the checkpoint.
         is_checker: whether this rank computes the hash.
+
+    Returns:
+        Name -> full tensor.
 
     Raises:
         ValueError: the folder is missing, or its weights are not the ones the run started with.
@@ -122,13 +132,23 @@ def load_reference(reference: Reference, folder: Path, sha256: str, *, is_checke
     state: dict[str, Tensor] = {}
     for file in files:
         state.update(load_file(file))
-    policy = reference.policy
     if not policy.is_lora:
         state = {f"model.{name}": tensor for name, tensor in state.items()}
     if is_checker and weights_hash(state) != sha256:
         raise ValueError(
             f"the reference in {folder} is not the one this run started with (its hash differs)"
         )
+    return state
+
+
+def place_reference(reference: Reference, state: dict[str, Tensor]) -> None:
+    """Put full weights into a reference, each rank its part. Every rank has to call it.
+
+    Args:
+        reference: gets the weights.
+        state: name -> full tensor.
+    """
+    policy = reference.policy
     snapshot = reference.snapshot or WeightSnapshot(policy)
     parameters: dict[str, Any] = dict(policy.named_parameters())
     for name in local_weights(policy):
@@ -149,6 +169,7 @@ def settle_reference(
     initial_hash: str,
     origin: Literal["pretrained", "random", "cold_start"],
     is_main: bool,
+    ranks: HasSum,
 ) -> dict[str, str]:
     """Decide what the reference of this run is, once per process, before the first step.
 
@@ -161,6 +182,7 @@ def settle_reference(
         initial_hash: hash of the weights that the model's folder gave.
         origin: where the weights of a new run come from.
         is_main: whether this is the rank that writes and checks.
+        ranks: adds over the ranks, which fail together.
 
     Returns:
         The record for later checkpoints: folder ("" for the model's own) and sha256.
@@ -169,20 +191,23 @@ def settle_reference(
         ValueError: a resumed run would get another reference than it started with.
     """
     if record and record["folder"]:
-        load_reference(reference, folder, record["sha256"], is_checker=is_main)
+        with failing_together(ranks, "reading the reference"):
+            state = read_reference(reference.policy, folder, record["sha256"], is_checker=is_main)
+        place_reference(reference, state)
         return record
     if record:
-        if is_main and record["sha256"] != initial_hash:
-            raise ValueError(
-                "model.name_or_path does not hold the weights that this run's reference had: "
-                "resume with the model that the run started from"
-            )
+        with failing_together(ranks, "checking the reference"):
+            if is_main and record["sha256"] != initial_hash:
+                raise ValueError(
+                    "model.name_or_path does not hold the weights that this run's reference "
+                    "had: resume with the model that the run started from"
+                )
         return record
     if origin == "pretrained":
         return {"folder": "", "sha256": initial_hash}
     if origin == "cold_start":
         reference.retake()
-    return save_reference(reference.policy, folder, is_writer=is_main)
+    return save_reference(reference.policy, folder, is_writer=is_main, ranks=ranks)
 
 
 def frozen_reference_hash(policy: Policy) -> str:

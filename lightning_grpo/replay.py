@@ -63,8 +63,8 @@ def split_microbatches(rollout: Rollout, max_tokens: int) -> list[Tensor]:
     Returns:
         Tensors of row indices; every row is in exactly one.
     """
-    prompt_lengths = rollout.prompt_mask.sum(1).tolist()
-    completion_lengths = rollout.completion_mask.sum(1).tolist()
+    prompt_lengths: list[int] = rollout.prompt_mask.sum(1).tolist()
+    completion_lengths: list[int] = rollout.completion_mask.sum(1).tolist()
 
     def width(rows: list[int]) -> int:
         return max(prompt_lengths[r] for r in rows) + max(completion_lengths[r] for r in rows)

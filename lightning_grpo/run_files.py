@@ -1,9 +1,9 @@
-"""Where a run's files are: the folder, its loggers, its checkpoints, and how a resume finds them."""
+"""Where a run keeps its files: folder, loggers and checkpoints, and how a resume finds them."""
 
 from __future__ import annotations
 
 import csv
-import os
+import shutil
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,24 +12,26 @@ from typing import Any
 import torch
 from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
-
-# Processes that Lightning launches for the other ranks inherit it.
-RUN_DIR_VARIABLE = "LIGHTNING_GRPO_RUN_DIR"
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 
 @dataclass
 class Run:
-    """Where a run writes.
+    """Where a run writes, and how many threads compute.
 
     Args:
         root_dir: folder of all runs.
         name: folder of runs of one kind; each run gets a version_<k> in it.
+        num_threads: threads of torch on the CPU; null leaves it to torch.
     """
 
     root_dir: str = "runs"
     name: str = "default"
+    num_threads: int | None = None
 
     def __post_init__(self) -> None:
+        if self.num_threads is not None and self.num_threads < 1:
+            raise ValueError(f"run.num_threads must be at least 1, got {self.num_threads}")
         parts = Path(self.name).parts
         if not self.name or Path(self.name).is_absolute() or ".." in parts:
             raise ValueError(f"run.name {self.name!r} has to name a folder inside run.root_dir")
@@ -75,7 +77,7 @@ def find_checkpoint(ckpt_path: str, run: Run) -> Path:
 
 def run_dir_of(checkpoint: Path) -> Path | None:
     """The run's folder that a checkpoint lies in; None when it lies somewhere else."""
-    folder = checkpoint.absolute().parent
+    folder = checkpoint.parent if checkpoint.parent.name else checkpoint.absolute().parent
     return folder.parent if folder.name == "checkpoints" else None
 
 
@@ -89,26 +91,36 @@ def saved_step(checkpoint: Path) -> int:
 def choose_run_dir(run: Run, resume_from: Path | None) -> Path:
     """The folder this process writes to: a resumed run's own, or a new one.
 
+    Rank 0 decides: all others write to `trainer.log_dir`, which is rank 0's.
+
     Args:
         run: where runs of this name are.
         resume_from: the checkpoint that is resumed, if any.
 
     Returns:
-        The same folder in every process of this launch.
+        A folder that need not exist yet.
     """
-    if RUN_DIR_VARIABLE in os.environ:
-        return Path(os.environ[RUN_DIR_VARIABLE])
     resumed = run_dir_of(resume_from) if resume_from is not None else None
-    run_dir = resumed or run.next_dir()
-    os.environ[RUN_DIR_VARIABLE] = str(run_dir)
-    return run_dir
+    return resumed or run.next_dir()
 
 
 def config_file_name(run_dir: Path) -> str:
     """config.yaml for a new run; config_resume_<n>.yaml for its n-th resume."""
     if not (run_dir / "config.yaml").exists():
         return "config.yaml"
-    return f"config_resume_{len(list(run_dir.glob('config_resume_*.yaml'))) + 1}.yaml"
+    return f"config_resume_{_num_resumes(run_dir) + 1}.yaml"
+
+
+def newest_config(run_dir: Path) -> Path | None:
+    """The configuration that a run had when it was last started; None when it has none."""
+    num_resumes = _num_resumes(run_dir)
+    name = f"config_resume_{num_resumes}.yaml" if num_resumes else "config.yaml"
+    return run_dir / name if (run_dir / name).exists() else None
+
+
+def _num_resumes(run_dir: Path) -> int:
+    stems = [path.stem[len("config_resume_") :] for path in run_dir.glob("config_resume_*.yaml")]
+    return max((int(number) for number in stems if number.isdigit()), default=0)
 
 
 def run_loggers(run_dir: Path, resume_step: int | None) -> list[Any]:
@@ -123,7 +135,7 @@ def run_loggers(run_dir: Path, resume_step: int | None) -> list[Any]:
     """
     place: dict[str, Any] = {"name": run_dir.parent.name, "version": run_dir.name}
     root = str(run_dir.parent.parent)
-    purge = {} if resume_step is None else {"purge_step": resume_step}
+    purge: dict[str, Any] = {} if resume_step is None else {"purge_step": resume_step}
     return [
         TensorBoardLogger(root, default_hp_metric=False, **place, **purge),
         ResumableCSVLogger(root, flush_logs_every_n_steps=1, resume_step=resume_step, **place),
@@ -152,13 +164,60 @@ class ResumableCSVLogger(CSVLogger):
         if self._experiment is not None:
             return self._experiment
         file = Path(self.log_dir) / "metrics.csv"
-        rows: list[dict[str, Any]] = []
-        if self.resume_step is not None and file.exists():
-            with file.open(newline="") as stream:
-                rows = [r for r in csv.DictReader(stream) if int(r["step"]) < self.resume_step]
+        content = file.read_bytes() if self.resume_step is not None and file.exists() else None
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Experiment logs directory")
             writer = CSVLogger.experiment.fget(self)  # type: ignore[attr-defined]
-        writer.metrics = rows
-        writer.save()
+        if content is not None:
+            file.write_bytes(content)
+        else:
+            self.resume_step = None
         return writer
+
+    @rank_zero_only
+    def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
+        """Write a row; before the first one, drop the rows that the resumed run makes again."""
+        writer = self.experiment
+        if self.resume_step is not None:
+            # Only now: a resume that fails to start must not cost rows.
+            writer.metrics_keys = cut_rows(Path(self.log_dir) / "metrics.csv", self.resume_step)
+            self.resume_step = None
+        super().log_metrics(metrics, step)
+
+
+def cut_rows(file: Path, num_steps: int) -> list[str]:
+    """Drop the rows of a metrics.csv that belong to later steps.
+
+    Args:
+        file: as CSVLogger writes it, with a column `step`.
+        num_steps: rows of this step and later ones are dropped.
+
+    Returns:
+        The names of its columns.
+    """
+    with file.open(newline="") as stream:
+        reader = csv.DictReader(stream)
+        rows = [row for row in reader if int(row["step"]) < num_steps]
+        names = list(reader.fieldnames or [])
+    with file.open("w", newline="") as stream:
+        writer = csv.DictWriter(stream, names)
+        writer.writeheader()
+        writer.writerows(rows)
+    return names
+
+
+def remove_if_nothing_ran(run_dir: Path) -> None:
+    """Remove the folder of a run that failed before it measured or saved anything.
+
+    Args:
+        run_dir: a folder that this process made.
+    """
+    files = [path for path in run_dir.rglob("*") if path.is_file()]
+    is_empty_start = all(
+        path.name.startswith(("events.out.tfevents", "config", "hparams")) for path in files
+    )
+    if run_dir.exists() and is_empty_start:
+        shutil.rmtree(run_dir)
+        for folder in (run_dir.parent, run_dir.parent.parent):
+            if not any(folder.iterdir()):
+                folder.rmdir()

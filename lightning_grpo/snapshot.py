@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from lightning_grpo.policy import Policy
@@ -14,6 +15,9 @@ from lightning_grpo.policy import Policy
 
 def local_weights(policy: Policy) -> dict[str, Tensor]:
     """Name -> the part of each trainable parameter that lives on this rank, sharing its memory."""
+    for module in policy.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()  # the root stays gathered after a forward
     weights = {}
     for name, parameter in policy.named_parameters():
         if parameter.requires_grad:

@@ -106,6 +106,10 @@ class Rollout:
         """Return a copy with some fields changed."""
         return dataclasses.replace(self, **changes)
 
+    def to(self, device: torch.device) -> Rollout:
+        """Return the rollout with its tensors on `device`; Lightning asks it of predictions."""
+        return to_device(self, device)
+
 
 @dataclass(frozen=True)
 class Minibatch:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -79,8 +81,7 @@ class TransformersEngine:
                 )
                 ends = _Ends(self.eos_token_ids, self._stop_criteria(sampling), draws)
                 if on_finished is not None:
-                    done = finished
-                    ends.report = lambda n, done=done: on_finished(done + n, num_rows)
+                    ends.report = partial(_add_finished, on_finished, finished, num_rows)
                 prompt_ids = [prompts.prompt_ids[row // group_size] for row in chunk]
                 self._decode(model, prompt_ids, draws, ends)
                 parts.append(ends.completions())
@@ -110,9 +111,10 @@ class TransformersEngine:
         # A blank configuration in place of the model's own: what that one sets (repetition
         # penalty, top_k, suppressed tokens) would change the distribution behind our back.
         own_config = model.generation_config
+        generate: Any = model.generate
         model.generation_config = GenerationConfig()
         try:
-            model.generate(
+            generate(
                 input_ids=ids,
                 attention_mask=mask.long(),
                 generation_config=GenerationConfig(
@@ -169,7 +171,7 @@ class _Ends(StoppingCriteria):
         self.stop_strings = stop_strings
         self.draws = draws
         self.lengths = torch.zeros(len(draws.rows), dtype=torch.int64, device=device)
-        self.report = lambda num_finished: None
+        self.report: Callable[[int], None] | None = None
         self.num_prompt_tokens = 0
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: object) -> Tensor:
@@ -179,7 +181,8 @@ class _Ends(StoppingCriteria):
             ended = ended | self.stop_strings(input_ids[:, self.num_prompt_tokens :], scores)
         running = self.lengths == 0
         self.lengths = torch.where(running & ended, len(self.draws.tokens), self.lengths)
-        self.report(int((self.lengths > 0).sum()))
+        if self.report is not None:
+            self.report(int((self.lengths > 0).sum()))
         return self.lengths > 0
 
     def completions(self) -> Completions:
@@ -190,6 +193,12 @@ class _Ends(StoppingCriteria):
         mask = torch.arange(ids.shape[1], device=ids.device) < lengths.unsqueeze(1)
         logprobs = torch.stack(self.draws.logprobs, dim=1)
         return Completions(ids, mask, torch.where(mask, logprobs, 0.0), truncated)
+
+
+def _add_finished(
+    on_finished: OnFinished, num_before: int, num_rows: int, num_finished: int
+) -> None:
+    on_finished(num_before + num_finished, num_rows)
 
 
 def left_pad(
