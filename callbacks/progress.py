@@ -43,7 +43,7 @@ class IterationProgress(ProgressBar):
         self.refresh_per_second = refresh_per_second
         self.seconds_between_lines = seconds_between_lines
         self.console = Console(file=sys.stderr)
-        self.bar: Progress | None = None
+        self.bar: _TwoLines | None = None
         self._is_enabled = True
         self._last_line = 0.0
 
@@ -57,20 +57,20 @@ class IterationProgress(ProgressBar):
 
     def on_fit_start(self, trainer: L.Trainer, module: GRPOModule) -> None:
         """Draw the bar, before a cold start or the first validation."""
-        self._start(trainer, module, "iteration", None)
+        self._start(module, "iteration", None)
 
     def on_validation_start(self, trainer: L.Trainer, module: GRPOModule) -> None:
         """Draw a bar for `validate`; inside a fit the phase tells enough."""
         if trainer.state.fn == "validate":
-            self._start(trainer, module, "batch", sum(trainer.num_val_batches))
+            self._start(module, "batch", sum(trainer.num_val_batches))
 
     def on_test_start(self, trainer: L.Trainer, module: GRPOModule) -> None:
         """Draw a bar for `test`."""
-        self._start(trainer, module, "batch", sum(trainer.num_test_batches))
+        self._start(module, "batch", sum(trainer.num_test_batches))
 
     def on_predict_start(self, trainer: L.Trainer, module: GRPOModule) -> None:
         """Draw a bar for `predict`."""
-        self._start(trainer, module, "batch", sum(trainer.num_predict_batches))
+        self._start(module, "batch", sum(trainer.num_predict_batches))
 
     def on_validation_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
         """Move on by a batch of `validate`."""
@@ -98,9 +98,7 @@ class IterationProgress(ProgressBar):
         """Leave the bar as it is."""
         self._stop(module, "done")
 
-    def _start(
-        self, trainer: L.Trainer, module: GRPOModule, unit: str, total: float | None
-    ) -> None:
+    def _start(self, module: GRPOModule, unit: str, total: float | None) -> None:
         if not self._is_enabled or not self.console.is_terminal or self.bar is not None:
             return
         self.bar = _TwoLines(
@@ -114,7 +112,6 @@ class IterationProgress(ProgressBar):
             console=self.console,
             refresh_per_second=self.refresh_per_second,
         )
-        self.bar.trainer = trainer
         original = sys.stderr
         self.bar.start()
         redirect_logging(original, sys.stderr)
@@ -130,6 +127,11 @@ class IterationProgress(ProgressBar):
         if self.bar is not None:
             total = num_iterations(trainer)
             self.bar.update(self.bar.task_ids[0], total=total, completed=module.counters.iterations)
+
+    def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
+        """Take the newest metrics."""
+        if self.bar is not None:
+            self.bar.metrics = metrics_line(trainer)
 
     def on_iteration_end(self, trainer: L.Trainer, module: GRPOModule, rollout: Rollout) -> None:
         """Move on by one."""
@@ -217,13 +219,14 @@ def metrics_line(trainer: L.Trainer) -> str:
 class _TwoLines(Progress):
     """The bar, and the metrics under it: side by side they would not fit into 80 columns."""
 
-    trainer: L.Trainer | None = None
+    # Set by the training thread: rich draws in a thread of its own, and what Lightning has logged
+    # changes under its hands.
+    metrics: str = ""
 
     def get_renderables(self) -> Iterable[RenderableType]:
         yield self.make_tasks_table(self.tasks)
-        line = metrics_line(self.trainer) if self.trainer is not None else ""
-        if line:
-            yield Text(line, style="cyan", no_wrap=True, overflow="ellipsis")
+        if self.metrics:
+            yield Text(self.metrics, style="cyan", no_wrap=True, overflow="ellipsis")
 
 
 class _PhaseNow(ProgressColumn):

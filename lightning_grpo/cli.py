@@ -222,6 +222,8 @@ def main(args: Sequence[str] | None = None) -> None:
         run_command_line()
     except SIGTERMException:
         sys.exit(128 + 15)  # Lightning would report success
+    except KeyboardInterrupt:  # before or after Lightning, which has its own message
+        sys.exit("interrupted")
     except (ValueError, OSError, MisconfigurationException) as error:
         if os.environ.get(TRACEBACK_VARIABLE) or not is_mendable(error):
             raise

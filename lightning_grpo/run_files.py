@@ -218,6 +218,5 @@ def remove_if_nothing_ran(run_dir: Path) -> None:
     )
     if run_dir.exists() and is_empty_start:
         shutil.rmtree(run_dir)
-        for folder in (run_dir.parent, run_dir.parent.parent):
-            if not any(folder.iterdir()):
-                folder.rmdir()
+        if not any(run_dir.parent.iterdir()):
+            run_dir.parent.rmdir()

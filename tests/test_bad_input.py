@@ -265,7 +265,7 @@ def test_completions_that_never_end_are_warned_of_after_nine_in_ten(char_model):
         ("column.jsonl", '{"question": "1="}\n', "row 1 of 1: no column 'prompt'"),
         ("short.jsonl", '{"prompt": "1="}\n', "1 prompts, fewer than data.prompts_per_iteration=4"),
         ("absent.jsonl", None, "no such file: absent.jsonl"),
-        ("data.pkl", "x", "unknown ending '.pkl'"),
+        ("data.pkl", "x", "data.pkl has an unknown ending '.pkl'"),
     ],
 )
 def test_faulty_data_is_one_line_that_names_file_and_place(
@@ -278,7 +278,7 @@ def test_faulty_data_is_one_line_that_names_file_and_place(
         run("fit", "--config", write_config(char_model), "--data.train_data", name)
     last = str(stop.value.code).splitlines()[-1]
     assert last.startswith("error: data.train_data") and message in last
-    assert not Path("runs").exists()
+    assert list(Path("runs").glob("*")) == []
 
 
 def test_an_error_of_a_reward_function_shows_where_it_was_raised(monkeypatch, char_model):

@@ -10,6 +10,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import pytest
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -168,13 +169,26 @@ class Terminal(io.StringIO):
         return True
 
 
+class Draw(L.Callback):
+    """Draws the bar where the test looks at it; a thread of rich does so at other times."""
+
+    def __init__(self, progress: IterationProgress) -> None:
+        self.progress = progress
+
+    def on_rollout_end(self, trainer: L.Trainer, module: L.LightningModule, rollout: Any) -> None:
+        self.progress.bar.refresh()
+
+    def on_before_optimizer_step(self, *args: Any) -> None:
+        self.progress.bar.refresh()
+
+
 @pytest.mark.parametrize("width", [80, 160])
 def test_the_bar_shows_iteration_phase_and_metrics_within_the_width(char_model, monkeypatch, width):
     stream = Terminal()
     progress = IterationProgress(refresh_per_second=200)
     progress.console = Console(file=stream, width=width, force_terminal=True)
     trainer = make_trainer(
-        max_steps=3, enable_progress_bar=True, max_epochs=-1, callbacks=[progress]
+        max_steps=3, enable_progress_bar=True, max_epochs=-1, callbacks=[progress, Draw(progress)]
     )
     trainer.fit(make_module(char_model), make_data(val_data=[{"prompt": "1="}]))
     plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", stream.getvalue())
