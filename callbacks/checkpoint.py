@@ -112,6 +112,12 @@ class IterationCheckpoint(Checkpoint):
         if keep and not module.queue and iterations % keep == 0:
             self.save(trainer, self.folder / f"iteration_{iterations:06d}.ckpt")
 
+    def on_train_end(self, trainer: L.Trainer, module: GRPOModule) -> None:
+        """Save the end of a run that something else than its last step has stopped."""
+        is_saved = self._saved_step == trainer.global_step
+        if trainer.global_step and not is_saved and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            self.save(trainer, self.last_path)
+
     def on_validation_end(self, trainer: L.Trainer, module: GRPOModule) -> None:
         """Keep this policy when it is the best so far."""
         if self.monitor is None or trainer.state.fn != "fit" or trainer.fast_dev_run:  # type: ignore[attr-defined]
@@ -139,6 +145,7 @@ class IterationCheckpoint(Checkpoint):
         if trainer.world_size > 1 and not reaches_all_ranks:
             return
         if trainer.state.fn == "fit" and self._saved_step != trainer.global_step:
+            drop_open_window(trainer)
             self.save(trainer, self.last_path)
             rank_zero_info(
                 f"stopped at step {trainer.global_step}; resume with --ckpt_path {self.last_path}"
@@ -158,6 +165,23 @@ class IterationCheckpoint(Checkpoint):
         """Take back what `state_dict` gave."""
         self.best_score = state_dict["best_score"]
         self._saved_beta = state_dict["configured_beta"]
+
+
+def drop_open_window(trainer: L.Trainer) -> None:
+    """Take back the minibatches since the last optimizer step, whose gradients are lost.
+
+    A resume then begins with a whole accumulation window.
+
+    Args:
+        trainer: in fit, about to save and to stop.
+    """
+    progress = trainer.fit_loop.epoch_loop.batch_progress
+    kept = progress.current.completed
+    kept -= kept % trainer.accumulate_grad_batches
+    for name in ("ready", "started", "processed", "completed"):
+        num_dropped = getattr(progress.current, name) - kept
+        setattr(progress.current, name, kept)
+        setattr(progress.total, name, getattr(progress.total, name) - num_dropped)
 
 
 def is_last_batch(trainer: L.Trainer) -> bool:

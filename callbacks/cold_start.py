@@ -16,6 +16,7 @@ from lightning_grpo.masking import masked_sum
 from lightning_grpo.module import GRPOModule
 from lightning_grpo.policy import Policy
 from lightning_grpo.prompts import prepare_prompts
+from lightning_grpo.run_state import global_seed
 from lightning_grpo.sources import Rows, read_rows
 
 
@@ -37,7 +38,7 @@ class ColdStart(L.Callback):
         batch_size: demonstrations per step.
         learning_rate: of AdamW, which is dropped afterwards; it falls linearly to 0.
         max_grad_norm: gradients are clipped to this norm.
-        seed: order of the demonstrations.
+        seed: order of the demonstrations; seed_everything when null.
     """
 
     def __init__(
@@ -48,7 +49,7 @@ class ColdStart(L.Callback):
         batch_size: int = 64,
         learning_rate: float = 1e-5,
         max_grad_norm: float = 1.0,
-        seed: int = 0,
+        seed: int | None = None,
     ) -> None:
         if num_steps and demonstrations is None:
             raise ValueError("cold_start.num_steps is set, but cold_start.demonstrations is not")
@@ -122,7 +123,7 @@ class ColdStart(L.Callback):
         policy.train()
         parameters = [p for p in policy.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(parameters, lr=self.learning_rate, weight_decay=0.0)
-        generator = random.Random(self.seed)
+        generator = random.Random(global_seed() if self.seed is None else self.seed)
         module.phase.enter("cold start", self.num_steps)
         losses = []
         for step in range(self.num_steps):

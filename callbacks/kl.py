@@ -16,7 +16,8 @@ from lightning_grpo.types import Minibatch, MinibatchOutput, Rollout
 class KLMonitor(L.Callback):
     """Watch how far the policy moves from the old policy and from the reference.
 
-    All its numbers are means over all ranks, so that every rank decides the same.
+    All its numbers are means over all ranks, so that every rank decides the same. The KL to the
+    old policy is measured before each step: the first step on a rollout always sees 0.
 
     Args:
         target_nats_per_completion: KL to the reference, summed over a completion, that an
@@ -73,6 +74,21 @@ class KLMonitor(L.Callback):
                 "kl.rollback_above_nats_per_token needs a copy of the old policy: set "
                 "model.old_policy to weights"
             )
+
+    def on_train_start(self, trainer: L.Trainer, module: GRPOModule) -> None:
+        """Refuse bounds on a KL that cannot be seen."""
+        slots = trainer.datamodule.slots_per_iteration  # type: ignore[attr-defined]
+        bounds = {
+            "stop_above_nats_per_token": self.stop_above,
+            "rollback_above_nats_per_token": self.rollback_above,
+        }
+        for name, value in bounds.items():
+            if value is not None and slots == trainer.accumulate_grad_batches:
+                raise ValueError(
+                    f"kl.{name} is set, but every rollout makes one optimizer step, before which "
+                    "policy and old policy are the same: raise replay.num_epochs or "
+                    "replay.num_minibatches"
+                )
 
     def on_minibatch_end(
         self, trainer: L.Trainer, module: GRPOModule, minibatch: Minibatch, output: MinibatchOutput

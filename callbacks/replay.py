@@ -60,12 +60,19 @@ class InnerEpochReplay(L.Callback):
     def on_train_start(self, trainer: L.Trainer, module: GRPOModule) -> None:
         """Refuse an epoch that would end inside an accumulation window."""
         window = trainer.accumulate_grad_batches
-        is_dry_run = trainer.fast_dev_run  # type: ignore[attr-defined]
-        if trainer.num_training_batches % window and not is_dry_run:
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        if trainer.num_training_batches % window:
             raise ValueError(
                 f"an epoch of {trainer.num_training_batches} minibatches (limit_train_batches, "
                 f"overfit_batches) ends inside a window of accumulate_grad_batches = {window}: "
                 "make it a multiple"
+            )
+        interval = trainer.val_check_batch
+        if trainer.enable_validation and isinstance(interval, int) and interval % window:
+            raise ValueError(
+                f"trainer.val_check_interval makes a validation every {interval} minibatches, "
+                f"inside a window of accumulate_grad_batches = {window}: make it a multiple"
             )
 
     def on_train_batch_start(
@@ -192,7 +199,7 @@ def resolve_old_logprobs(
     # A NaN compares as not close enough.
     is_far = not float(difference.max()) <= SAMPLER_TOLERANCE
     num_far = float(module.sum_over_ranks(torch.tensor(float(is_far))))
-    is_exact = trainer.precision == "32-true" and not module.settings.sampling.is_truncated
+    is_exact = trainer.precision == "32-true" and not module.settings.sampling.restricts_tokens
     choice: Literal["sampler", "recompute"]
     choice = "sampler" if is_exact and num_far == 0 else "recompute"
     rank_zero_info(

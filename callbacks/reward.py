@@ -73,6 +73,19 @@ class RewardScoring(L.Callback):
 
     def on_fit_start(self, trainer: L.Trainer, module: GRPOModule) -> None:
         """Put reward models on the device of the policy."""
+        self.move_models(module)
+
+    def on_validation_start(self, trainer: L.Trainer, module: GRPOModule) -> None:
+        """Do the same before `validate`; a fit has done so."""
+        if trainer.state.fn == "validate":
+            self.move_models(module)
+
+    def on_test_start(self, trainer: L.Trainer, module: GRPOModule) -> None:
+        """Do the same before `test`."""
+        self.move_models(module)
+
+    def move_models(self, module: GRPOModule) -> None:
+        """Put every reward function that has a device on that of the policy."""
         for function in self.scorer.functions:
             if hasattr(function, "to"):
                 function.to(module.device)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 
 import lightning as L
@@ -15,6 +14,7 @@ from lightning_grpo.loaders import Slot
 from lightning_grpo.module import GRPOModule
 from lightning_grpo.policy import eos_token_ids
 from lightning_grpo.rollout import RolloutSettings
+from lightning_grpo.run_state import global_seed
 from lightning_grpo.scoring import evaluating
 from lightning_grpo.types import Rollout
 
@@ -35,7 +35,7 @@ class RolloutGeneration(L.Callback):
         pass_k: the k of pass@k, at most `num_val_samples`; that number itself when null.
         val_temperature: temperature of validation, test and predict, 0 for greedy; the training
             temperature when null.
-        seed: part of the key of every draw; the run's seed_everything when null.
+        seed: part of the key of every draw, and of random weights; seed_everything when null.
     """
 
     def __init__(
@@ -78,12 +78,30 @@ class RolloutGeneration(L.Callback):
         if stage == "fit":
             module.algorithm.check_group_size(self.settings.group_size)
         if self.seed is None:
-            self.settings = self.settings.with_seed(int(os.environ.get("PL_GLOBAL_SEED", 0)))
+            self.settings = self.settings.with_seed(global_seed())
         module.rollout_settings = self.settings
 
     def on_fit_start(self, trainer: L.Trainer, module: GRPOModule) -> None:
         """Check what the model and the data allow before anything is generated."""
-        check_can_complete(module, longest_prompt_tokens(trainer))
+        check_can_complete(module, trainer.datamodule.longest_prompt)  # type: ignore[attr-defined]
+        if module.old_logprobs == "sampler" and self.settings.sampling.restricts_tokens:
+            raise ValueError(
+                "model.old_logprobs sampler does not go with rollout.top_k or rollout.top_p: they "
+                "sample from another distribution than the one the loss differentiates"
+            )
+
+    def on_validation_start(self, trainer: L.Trainer, module: GRPOModule) -> None:
+        """Check the same before `validate`; a fit has done so."""
+        if trainer.state.fn == "validate":
+            check_can_complete(module, trainer.datamodule.longest_prompt)  # type: ignore[attr-defined]
+
+    def on_test_start(self, trainer: L.Trainer, module: GRPOModule) -> None:
+        """Check the same before `test`."""
+        check_can_complete(module, trainer.datamodule.longest_prompt)  # type: ignore[attr-defined]
+
+    def on_predict_start(self, trainer: L.Trainer, module: GRPOModule) -> None:
+        """Check the same before `predict`."""
+        check_can_complete(module, trainer.datamodule.longest_prompt)  # type: ignore[attr-defined]
 
     def on_train_batch_start(
         self, trainer: L.Trainer, module: GRPOModule, batch: Slot, batch_idx: int
@@ -92,8 +110,9 @@ class RolloutGeneration(L.Callback):
         if module.queue:
             return
         start = time.perf_counter()
-        with failing_together(module, "generating completions"):
+        with failing_together(module, "taking prompts"):
             prompts = trainer.datamodule.next_prompts()  # type: ignore[attr-defined]
+        with failing_together(module, "generating completions"):
             module.phase.enter("generating", len(prompts) * self.settings.group_size)
             with evaluating(module.policy), trainer.precision_plugin.forward_context():
                 rollout = module.make_rollout(prompts, is_training=True)
@@ -124,11 +143,6 @@ class RolloutGeneration(L.Callback):
             },
             batch_size=1,
         )
-
-
-def longest_prompt_tokens(trainer: L.Trainer) -> int:
-    """Tokens of the longest prompt the data module will give."""
-    return int(trainer.datamodule.longest_prompt)  # type: ignore[attr-defined]
 
 
 def check_can_complete(module: GRPOModule, num_prompt_tokens: int) -> None:

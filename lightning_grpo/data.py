@@ -11,6 +11,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_grpo.loaders import EvalLoader, PromptStream, SlotLoader
 from lightning_grpo.prompts import Overlong, PromptFormat, PromptSet, prepare_prompts
+from lightning_grpo.run_state import global_seed
 from lightning_grpo.sources import Rows, read_rows
 from lightning_grpo.types import PromptBatch
 
@@ -53,7 +54,7 @@ class PromptDataModule(LightningDataModule):
         overlong_prompts: what to do with a longer one: stop, drop the row, or keep its last
             tokens (after a BOS). Counted and reported at start.
         shuffle: permute the training prompts anew in every epoch.
-        seed: of these permutations; sampling has its own seed.
+        seed: of these permutations; sampling has its own. seed_everything when null.
         max_val_prompts: use only the first rows of the validation data.
     """
 
@@ -78,7 +79,7 @@ class PromptDataModule(LightningDataModule):
         max_prompt_tokens: int | None = None,
         overlong_prompts: Overlong = "error",
         shuffle: bool = True,
-        seed: int = 0,
+        seed: int | None = None,
         max_val_prompts: int | None = None,
     ) -> None:
         super().__init__()
@@ -197,7 +198,7 @@ class PromptDataModule(LightningDataModule):
         # Another fit of the same trainer goes on; a new trainer starts at the first prompt.
         if self._stream is None or trainer.global_step == 0:
             self._stream = PromptStream(
-                num_rows, self.prompts_per_iteration, shuffle=self.shuffle, seed=self.seed
+                num_rows, self.prompts_per_iteration, shuffle=self.shuffle, seed=self.order_seed
             )
 
     def _attached_trainer(self) -> Trainer:
@@ -211,6 +212,11 @@ class PromptDataModule(LightningDataModule):
         return (kwargs["rank"], kwargs["num_replicas"]) if kwargs else (0, 1)
 
     # Training prompts
+
+    @property
+    def order_seed(self) -> int:
+        """The seed of the prompts' order."""
+        return global_seed() if self.seed is None else self.seed
 
     @property
     def num_prompt_batches(self) -> int:
@@ -280,7 +286,7 @@ class PromptDataModule(LightningDataModule):
             "num_rows": len(self._prompts["train"]),
             "prompts_sha256": self._train_sha256,
             "shuffle": self.shuffle,
-            "seed": self.seed,
+            "seed": self.order_seed,
         }
 
     # Loaders

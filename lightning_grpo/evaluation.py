@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torchmetrics import MeanMetric, MetricCollection
 
+from lightning_grpo.rewards import completion_text
 from lightning_grpo.types import CompletionText
 
 
@@ -51,7 +52,7 @@ class Judge:
 
     def answers(self, completions: Sequence[CompletionText]) -> list[str | None]:
         """The answer in each of B completions, for the majority vote."""
-        texts = [c if isinstance(c, str) else str(c[-1]["content"]) for c in completions]
+        texts = [completion_text(completion) for completion in completions]
         if self.extract_answer is None:
             return [text.strip() for text in texts]
         return [self.extract_answer(text) for text in texts]

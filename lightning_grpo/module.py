@@ -13,6 +13,7 @@ One iteration, and who does each part:
 from __future__ import annotations
 
 import math
+import warnings
 from collections import deque
 from collections.abc import Callable
 from dataclasses import asdict
@@ -21,6 +22,7 @@ from typing import Any, Literal
 
 import lightning as L
 import torch
+from lightning.pytorch.accelerators import MPSAccelerator
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.strategies import FSDPStrategy
 from torch import Tensor
@@ -51,7 +53,7 @@ from lightning_grpo.reference import Reference, frozen_reference_hash, settle_re
 from lightning_grpo.rewards import Scorer
 from lightning_grpo.rollout import RolloutSettings, collect_rollout
 from lightning_grpo.run_state import Counters, Phase
-from lightning_grpo.scoring import score_completions, with_scores
+from lightning_grpo.scoring import score_completions
 from lightning_grpo.snapshot import WeightSnapshot
 from lightning_grpo.tokenizing import load_tokenizer
 from lightning_grpo.types import Minibatch, PromptBatch, Rollout
@@ -59,6 +61,8 @@ from lightning_grpo.update import microbatch_loss
 
 # Keys of validation draws never meet those of training.
 _VAL_SEED_OFFSET = 1_000_003
+# Below it, an update of a bf16 weight is usually smaller than half the distance to the next one.
+MIN_HALF_PRECISION_LR = 1e-5
 NO_CALLBACKS = (
     "the module got no {what}: give the Trainer lightning_grpo.callbacks.standard(...) as callbacks"
 )
@@ -185,15 +189,20 @@ class GRPOModule(L.LightningModule):
                 f"trainer.precision {self.trainer.precision!r} is not supported, since its "
                 "gradients overflow before they are scaled: use bf16-mixed"
             )
+        if isinstance(self.trainer.accelerator, MPSAccelerator):
+            raise ValueError(
+                "trainer.accelerator mps is not supported, since Apple's GPUs have no float64: set "
+                "it to cpu"
+            )
         self.run_dir = Path(self.trainer.log_dir or self.trainer.default_root_dir)
 
     def configure_model(self) -> None:
         """Load the policy, shard it under FSDP2, and take the reference."""
         if self.policy is not None:
             return
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(devices=[]):
             # Random weights and adapters have to be the same on every rank.
-            torch.manual_seed(self.settings.seed)
+            torch.default_generator.manual_seed(self.settings.seed)
             policy = load_policy(
                 self.name_or_path, num_tokens=len(self.tokenizer), **self.load_options
             )
@@ -235,6 +244,23 @@ class GRPOModule(L.LightningModule):
                 "end: set trainer.max_steps or trainer.max_epochs"
             )
         return int(num_steps)
+
+    def on_fit_start(self) -> None:
+        """Warn of settings that train nothing or not what they seem to."""
+        rates = [group["lr"] for group in self.trainer.optimizers[0].param_groups]
+        if self.policy.rounds_small_updates and max(rates) < MIN_HALF_PRECISION_LR:
+            warnings.warn(
+                f"the weights are in half precision and the learning rate is {max(rates):.1e}: "
+                "most updates are smaller than the rounding of a weight and are lost; use "
+                "model.dtype float32 with trainer.precision bf16-mixed",
+                stacklevel=2,
+            )
+        if self.beta > 0 and getattr(self.algorithm, "kl_estimator", None) == "k1":
+            warnings.warn(
+                "model.algorithm.kl_estimator k1 has no gradient in expectation, so model.beta "
+                "holds nothing: use k3 or reverse",
+                stacklevel=2,
+            )
 
     def on_train_start(self) -> None:
         """Settle the reference, after a checkpoint was loaded or a cold start was made."""
@@ -382,18 +408,18 @@ class GRPOModule(L.LightningModule):
         rollout = self.make_rollout(prompts, is_training=False)
         with failing_together(self, "scoring completions"):
             scores = score_completions(self.required_scorer, rollout, self.trainer_state())
-        if len(rollout):
-            rollout = with_scores(rollout, scores)
-            update_metrics(
-                metrics,
-                num_samples=self.settings.num_val_samples,
-                k=self.settings.pass_k,
-                successes=self.judge.successes(rollout.function_rewards),
-                answers=self.judge.answers(rollout.completions),
-                rewards=scores.rewards,
-                num_tokens=rollout.completion_mask.sum(1),
-                truncated=rollout.truncated,
-            )
+            successes = self.judge.successes(scores.function_rewards) if len(rollout) else []
+            answers = self.judge.answers(rollout.completions)
+        update_metrics(
+            metrics,
+            num_samples=self.settings.num_val_samples,
+            k=self.settings.pass_k,
+            successes=successes,
+            answers=answers,
+            rewards=scores.rewards.to(self.device),
+            num_tokens=rollout.completion_mask.sum(1),
+            truncated=rollout.truncated,
+        )
         self.log_dict(metrics, on_step=False, on_epoch=True, batch_size=1)
 
     # State
@@ -450,7 +476,8 @@ class GRPOModule(L.LightningModule):
         saved = checkpoint["lightning_grpo"]
         self.counters = Counters(**saved["counters"])
         self.beta = saved["beta"]
-        self.old_logprobs = saved["old_logprobs"]
+        if self.old_logprobs == "auto":  # what is set explicitly counts more than what was found
+            self.old_logprobs = saved["old_logprobs"]
         self.is_cold_started = saved["is_cold_started"]
         self.reference_record = saved["reference"]
 

@@ -23,7 +23,7 @@ from lightning_grpo.logprobs import token_entropy, token_logprobs
 from lightning_grpo.masking import position_ids
 from lightning_grpo.paths import resolve_package_path
 
-Dtype = Literal["float32", "bfloat16", "float16", "auto"]
+Dtype = Literal["float32", "bfloat16", "auto"]
 Result = TypeVar("Result")
 
 
@@ -90,6 +90,12 @@ class Policy(nn.Module):
         """Where the parameters are."""
         return next(self.parameters()).device
 
+    @property
+    def rounds_small_updates(self) -> bool:
+        """Whether weights that are trained have fewer bits than float32."""
+        trained = [p.dtype for p in self.parameters() if p.requires_grad]
+        return any(torch.finfo(dtype).bits < 32 for dtype in trained)
+
     def forward(
         self,
         prompt_ids: Tensor,
@@ -97,6 +103,7 @@ class Policy(nn.Module):
         completion_ids: Tensor,
         completion_mask: Tensor,
         temperature: float = 1.0,
+        with_entropy: bool = False,
     ) -> PolicyOutput:
         """Log-probs and entropies of completion tokens given their prompts.
 
@@ -108,9 +115,11 @@ class Policy(nn.Module):
             completion_ids: (B, C) right-padded.
             completion_mask: (B, C) bool, True = real token.
             temperature: the sampling temperature, > 0.
+            with_entropy: whether to compute the entropy, which costs as much as the log-probs.
 
         Returns:
-            Log-probs and entropies, (B, C) each; those off the mask mean nothing.
+            Log-probs and entropies, (B, C) each; those off the mask mean nothing. Without
+            `with_entropy` the entropies are 0.
         """
         num_logits = completion_ids.shape[1] + 1
         attention_mask = torch.cat([prompt_mask, completion_mask], dim=1)
@@ -126,8 +135,11 @@ class Policy(nn.Module):
         # The last position predicts a token past the completion.
         logits = self.model(**inputs).logits[:, -num_logits:-1, : self.num_tokens]
         logprobs = token_logprobs(logits, completion_ids, temperature=temperature)
-        with torch.no_grad():
-            entropy = token_entropy(logits.detach(), temperature=temperature)
+        entropy = torch.zeros_like(logprobs)
+        if with_entropy:
+            with torch.no_grad():  # row by row: its temporaries are as wide as the vocabulary
+                for row, row_logits in enumerate(logits.detach()):
+                    entropy[row] = token_entropy(row_logits[None], temperature=temperature)[0]
         return PolicyOutput(logprobs, entropy)
 
     def call_unsharded(self, function: Callable[[PreTrainedModel], Result]) -> Result:

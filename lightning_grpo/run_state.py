@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
+
+
+def global_seed() -> int:
+    """The seed of `seed_everything`; 0 when nothing was seeded."""
+    return int(os.environ.get("PL_GLOBAL_SEED", 0))
 
 
 @dataclass

@@ -41,13 +41,26 @@ def score_completions(scorer: Scorer, rollout: Rollout, state: TrainerState) -> 
     completion_ids = [
         row[:length] for row, length in zip(rollout.completion_ids.tolist(), lengths, strict=True)
     ]
-    return scorer(
-        rollout.prompts,
-        rollout.completions,
-        completion_ids,
-        rollout.columns,
-        trainer_state=state,
-    )
+    with plain_precision(rollout.completion_ids.device):
+        return scorer(
+            rollout.prompts,
+            rollout.completions,
+            completion_ids,
+            rollout.columns,
+            trainer_state=state,
+        )
+
+
+@contextlib.contextmanager
+def plain_precision(device: torch.device) -> Iterator[None]:
+    """Out of the trainer's autocast and default dtype, which are the policy's, not the rewards'."""
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        torch.set_default_dtype(default)
 
 
 def with_scores(rollout: Rollout, scores: Scores) -> Rollout:

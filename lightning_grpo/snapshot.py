@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import signal
+import threading
 from collections.abc import Iterator
+from types import FrameType
 
 import torch
 from torch import Tensor
@@ -26,6 +29,22 @@ def local_weights(policy: Policy) -> dict[str, Tensor]:
     return weights
 
 
+@contextlib.contextmanager
+def interrupts_deferred() -> Iterator[None]:
+    """Let a Ctrl-C wait until the block is done, so that it leaves no half-written weights."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    received: list[tuple[int, FrameType | None]] = []
+    handler = signal.signal(signal.SIGINT, lambda number, frame: received.append((number, frame)))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    if received and callable(handler):
+        handler(*received[0])
+
+
 class WeightSnapshot:
     """A frozen copy of a policy's trainable weights that can stand in for them for a while.
 
@@ -39,6 +58,7 @@ class WeightSnapshot:
     def __init__(self, policy: Policy) -> None:
         self.policy = policy
         self.copies = {name: w.detach().clone() for name, w in local_weights(policy).items()}
+        self._exchanged: set[str] = set()
 
     @torch.no_grad()
     def refresh(self) -> None:
@@ -49,29 +69,33 @@ class WeightSnapshot:
     @torch.no_grad()
     def restore(self) -> None:
         """Put the copied weights back into the policy."""
-        for name, weight in local_weights(self.policy).items():
-            weight.copy_(self._copy_of(name, weight))
+        with interrupts_deferred():
+            for name, weight in local_weights(self.policy).items():
+                weight.copy_(self._copy_of(name, weight))
 
     @contextlib.contextmanager
     def in_place(self) -> Iterator[None]:
-        """The policy with the copied weights; its own come back at the end.
+        """The policy with the copied weights; its own come back at the end, whatever happens.
 
         Enter it outside of autocast, which keeps casts of the weights it has seen.
         """
-        self._swap()
         try:
+            self._exchange(are_copies_in_place=True)
             yield
         finally:
-            self._swap()
+            self._exchange(are_copies_in_place=False)
 
     @torch.no_grad()
-    def _swap(self) -> None:
+    def _exchange(self, *, are_copies_in_place: bool) -> None:
         # One parameter at a time: no moment at which three copies of the model exist.
-        for name, weight in local_weights(self.policy).items():
-            copy = self._copy_of(name, weight)
-            held = weight.clone()
-            weight.copy_(copy)
-            copy.copy_(held)
+        with interrupts_deferred():
+            for name, weight in local_weights(self.policy).items():
+                if (name in self._exchanged) != are_copies_in_place:
+                    copy = self._copy_of(name, weight)
+                    held = weight.clone()
+                    weight.copy_(copy)
+                    copy.copy_(held)
+                    self._exchanged ^= {name}
 
     def _copy_of(self, name: str, weight: Tensor) -> Tensor:
         # The trainer moves and casts the policy after the snapshot was taken.

@@ -63,6 +63,7 @@ def microbatch_loss(
         part.completion_ids,
         part.completion_mask,
         temperature=temperature,
+        with_entropy=True,
     )
     mask = part.action_mask if len(rows) else torch.zeros_like(part.action_mask)
     part = part.replace(action_mask=mask)

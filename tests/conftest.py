@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -22,6 +23,10 @@ def run_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("LIGHTNING_GRPO_RUN_DIR", raising=False)
     monkeypatch.delenv("PL_GLOBAL_SEED", raising=False)
+    if "lightning" in sys.modules:  # a test of two ranks may have left this process as the second
+        from lightning.pytorch.utilities.rank_zero import rank_zero_only
+
+        monkeypatch.setattr(rank_zero_only, "rank", 0)
 
 
 @pytest.fixture(scope="session")

@@ -15,6 +15,7 @@ from lightning.pytorch.callbacks import Callback
 from runs import make_data, make_module, make_trainer, spread_reward
 from transformers import AutoTokenizer
 
+from lightning_grpo.algorithms import GRPO
 from lightning_grpo.callbacks import HealthWarnings
 from lightning_grpo.rewards.scorer import RewardError
 
@@ -289,3 +290,59 @@ def test_an_error_of_a_reward_function_shows_where_it_was_raised(monkeypatch, ch
     text = str(stop.value.code)
     assert "in raising" in text and "test_bad_input.py" in text
     assert text.splitlines()[-1].startswith("error: reward function 'raising' raised KeyError")
+
+
+# Precision
+
+
+def test_rewards_are_computed_outside_of_the_policys_precision(char_model):
+    seen = []
+
+    def reward(completions: list[str], **columns: Any) -> list[float]:
+        seen.append((torch.is_autocast_enabled("cpu"), torch.get_default_dtype()))
+        return spread_reward(completions)
+
+    for precision in ("bf16-mixed", "bf16-true"):
+        data = make_data(val_data=[{"prompt": "1="}])
+        trainer = make_trainer(reward=reward, precision=precision)
+        trainer.fit(make_module(char_model), data)
+    assert len(seen) == 6  # two rollouts and a validation in each
+    assert set(seen) == {(False, torch.float32)}
+
+
+def test_logits_that_are_not_finite_are_named(char_model):
+    class Break(Callback):
+        def on_iteration_end(self, trainer: Any, module: Any, rollout: Any) -> None:
+            with torch.no_grad():
+                next(module.policy.parameters()).fill_(torch.nan)
+
+    trainer = make_trainer(callbacks=[Break()])
+    with pytest.raises(RuntimeError, match="the policy's logits are not finite"):
+        trainer.fit(make_module(char_model), make_data())
+
+
+def test_updates_that_would_be_rounded_away_are_warned_of(char_model):
+    trainer = make_trainer(precision="bf16-true", max_steps=1)
+    with pytest.warns(UserWarning, match=r"half precision and the learning rate is 1\.0e-06"):
+        trainer.fit(make_module(char_model, learning_rate=1e-6), make_data())
+
+
+def test_a_kl_estimator_without_gradient_is_warned_of(char_model):
+    trainer = make_trainer(max_steps=1)
+    with pytest.warns(UserWarning, match="k1 has no gradient in expectation"):
+        trainer.fit(make_module(char_model, algorithm=GRPO(kl_estimator="k1")), make_data())
+
+
+def test_trusting_a_truncated_sampler_is_refused(char_model):
+    trainer = make_trainer(rollout={"top_k": 3})
+    with pytest.raises(ValueError, match=r"model\.old_logprobs sampler does not go with"):
+        trainer.fit(make_module(char_model, old_logprobs="sampler"), make_data())
+
+
+@pytest.mark.parametrize("stage", ["validate", "test", "predict"])
+def test_prompts_too_long_are_refused_before_an_evaluation_too(char_model, stage):
+    rows = [{"prompt": "1" * 61 + "="}]
+    data = make_data(val_data=rows, test_data=rows, predict_data=rows)
+    trainer = make_trainer()
+    with pytest.raises(ValueError, match="the model has only 64 positions"):
+        getattr(trainer, stage)(make_module(char_model), data)

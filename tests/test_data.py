@@ -87,7 +87,6 @@ def make_data(train=ROWS, *args, **options) -> PromptDataModule:
 
 
 def make_trainer(save: ModelCheckpoint | None = None, **flags) -> L.Trainer:
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     return L.Trainer(
         accelerator="cpu",
         logger=False,

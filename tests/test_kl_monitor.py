@@ -357,3 +357,10 @@ def test_the_reference_is_taken_after_the_cold_start(char_model, tmp_path: Path,
     is_dry = bool(options)
     assert (tmp_path / "reference").exists() is not is_dry
     assert bool(module.reference_record) is not is_dry
+
+
+@pytest.mark.parametrize("bound", ["stop_above_nats_per_token", "rollback_above_nats_per_token"])
+def test_a_bound_that_could_never_be_seen_is_refused(char_model, bound):
+    trainer = make_trainer(kl={bound: 0.1})
+    with pytest.raises(ValueError, match=rf"kl\.{bound} is set, but every rollout makes one"):
+        trainer.fit(make_module(char_model, old_policy="weights"), make_data())

@@ -69,7 +69,7 @@ def test_entropy_is_that_of_the_sampled_distribution(char_model: str):
     ids = torch.tensor([[5, 6]])
     mask = torch.ones_like(ids).bool()
     with torch.no_grad():
-        output = policy(ids, mask, ids, mask, temperature=2.0)
+        output = policy(ids, mask, ids, mask, temperature=2.0, with_entropy=True)
         logits = policy.causal_lm(input_ids=torch.tensor([[5, 6, 5]])).logits[0, 1:, :41] / 2.0
     p = logits.softmax(-1)
     expected = -(p * p.log()).sum(-1)

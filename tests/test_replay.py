@@ -294,3 +294,17 @@ def test_the_second_minibatch_has_the_ratio_of_the_moved_policy(char_model):
         torch.testing.assert_close(found[row, : len(ratio)], ratio, rtol=1e-9, atol=0)
         largest = max(largest, float((ratio - 1).abs().max()))
     assert largest > 0.01
+
+
+def test_what_is_set_explicitly_counts_more_than_what_a_checkpoint_found(char_model):
+    for configured, expected in (("auto", "sampler"), ("recompute", "recompute")):
+        module = make_module(char_model, old_logprobs=configured)
+        saved = {
+            "counters": {},
+            "beta": 0.04,
+            "old_logprobs": "sampler",
+            "is_cold_started": False,
+            "reference": {},
+        }
+        module.on_load_checkpoint({"lightning_grpo": saved})
+        assert module.old_logprobs == expected

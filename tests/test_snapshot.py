@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 
 import pytest
@@ -182,3 +183,51 @@ def test_a_changed_or_missing_reference_is_refused(char_model, tmp_path):
         file.unlink()
     with pytest.raises(ValueError, match="reference is missing: no safetensors in"):
         settle(policy_of(char_model), record, folder, "random")
+
+
+def test_a_ctrl_c_while_weights_are_exchanged_leaves_the_policy_its_own(char_model, monkeypatch):
+    policy = load_policy(char_model, num_tokens=41)
+    snapshot = WeightSnapshot(policy)
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            parameter.add_(1.0)
+    own = {name: p.detach().clone() for name, p in policy.named_parameters()}
+    copies = {name: copy.clone() for name, copy in snapshot.copies.items()}
+    copy_of = snapshot._copy_of
+    num_calls = 0
+
+    def interrupting(name, weight):
+        nonlocal num_calls
+        num_calls += 1
+        if num_calls == 3:
+            signal.raise_signal(signal.SIGINT)
+        return copy_of(name, weight)
+
+    monkeypatch.setattr(snapshot, "_copy_of", interrupting)
+    with pytest.raises(KeyboardInterrupt), snapshot.in_place():
+        raise AssertionError("the block must not run")
+    assert num_calls > 3
+    assert all(torch.equal(p, own[name]) for name, p in policy.named_parameters())
+    assert all(torch.equal(copy, copies[name]) for name, copy in snapshot.copies.items())
+
+
+def test_an_error_in_the_middle_of_an_exchange_is_taken_back(char_model, monkeypatch):
+    policy = load_policy(char_model, num_tokens=41)
+    snapshot = WeightSnapshot(policy)
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            parameter.add_(1.0)
+    own = {name: p.detach().clone() for name, p in policy.named_parameters()}
+    copy_of = snapshot._copy_of
+    calls = []
+
+    def failing(name, weight):
+        calls.append(name)
+        if len(calls) == 3:
+            raise MemoryError
+        return copy_of(name, weight)
+
+    monkeypatch.setattr(snapshot, "_copy_of", failing)
+    with pytest.raises(MemoryError), snapshot.in_place():
+        raise AssertionError("the block must not run")
+    assert all(torch.equal(p, own[name]) for name, p in policy.named_parameters())

@@ -17,7 +17,7 @@ class Sampling:
     """The distribution that completions are drawn from, and where they end.
 
     Args:
-        temperature: divides the logits, > 0; 0 takes the most probable token.
+        temperature: divides the logits, >= 0; 0 takes the most probable token.
         top_k: keep the k most probable tokens; 0 keeps all. With fewer than all, the sampled
             distribution is not the one the loss differentiates: log-probs are then recomputed.
         top_p: keep the smallest set of tokens with at least this probability, (0, 1].
@@ -44,7 +44,7 @@ class Sampling:
             )
 
     @property
-    def is_truncated(self) -> bool:
+    def restricts_tokens(self) -> bool:
         """Whether some tokens can never be drawn, so that it is not the model's distribution."""
         return self.top_k > 0 or self.top_p < 1 or self.temperature == 0
 

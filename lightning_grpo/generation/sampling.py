@@ -62,7 +62,8 @@ def sample_tokens(logits: Tensor, sampling: Sampling, uniforms: Tensor) -> tuple
         uniforms: (B,) float64 in [0, 1).
 
     Returns:
-        token ids (B,) int64, and their log-probs (B,) float32 under p; 0 for greedy decoding.
+        token ids (B,) int64, and their log-probs (B,) float32 under p; 0 for greedy decoding,
+        NaN where the logits hold one.
     """
     if sampling.temperature == 0:
         return logits.argmax(dim=-1), logits.new_zeros(logits.shape[0])
@@ -76,5 +77,6 @@ def sample_tokens(logits: Tensor, sampling: Sampling, uniforms: Tensor) -> tuple
     # a token of probability 0 repeats the sum before it and cannot be the first to pass u.
     cdf = logprobs.double().exp().cumsum(dim=-1)
     threshold = (uniforms * cdf[:, -1]).unsqueeze(1)
-    tokens = torch.searchsorted(cdf, threshold, right=True)
+    # A NaN has no place in the order and would be searched past the end; it shows in the log-prob.
+    tokens = torch.searchsorted(cdf, threshold, right=True).clamp(max=logits.shape[1] - 1)
     return tokens.squeeze(1), logprobs.gather(1, tokens).squeeze(1)

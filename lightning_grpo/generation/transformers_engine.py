@@ -192,6 +192,11 @@ class _Ends(StoppingCriteria):
         lengths = torch.where(truncated, ids.shape[1], self.lengths)
         mask = torch.arange(ids.shape[1], device=ids.device) < lengths.unsqueeze(1)
         logprobs = torch.stack(self.draws.logprobs, dim=1)
+        if not bool(torch.isfinite(logprobs[mask]).all()):
+            raise RuntimeError(
+                "the policy's logits are not finite: its weights may be broken; lower the learning "
+                "rate, or go back to an earlier checkpoint"
+            )
         return Completions(ids, mask, torch.where(mask, logprobs, 0.0), truncated)
 
 

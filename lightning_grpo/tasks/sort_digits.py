@@ -6,6 +6,7 @@ import hashlib
 import random
 from typing import Any, Literal
 
+from lightning_grpo.rewards import exact_match
 from lightning_grpo.types import CompletionText
 
 # One digit string in so many is for validation, and never seen in training.
@@ -104,5 +105,4 @@ def sorted_exactly(
     Returns:
         B rewards, 0 or 1.
     """
-    texts = [text if isinstance(text, str) else text[-1]["content"] for text in completions]
-    return [float(text.strip() == right) for text, right in zip(texts, answer, strict=True)]
+    return exact_match(completions, answer)
