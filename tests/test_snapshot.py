@@ -206,7 +206,7 @@ def test_a_ctrl_c_while_weights_are_exchanged_leaves_the_policy_its_own(char_mod
     monkeypatch.setattr(snapshot, "_copy_of", interrupting)
     with pytest.raises(KeyboardInterrupt), snapshot.in_place():
         raise AssertionError("the block must not run")
-    assert num_calls > 3
+    assert num_calls == 2 * len(copies)  # it waited for the end of the exchange, and back
     assert all(torch.equal(p, own[name]) for name, p in policy.named_parameters())
     assert all(torch.equal(copy, copies[name]) for name, copy in snapshot.copies.items())
 
