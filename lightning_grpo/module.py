@@ -12,8 +12,6 @@ One iteration, and who does each part:
 
 from __future__ import annotations
 
-import math
-import warnings
 from collections import deque
 from collections.abc import Callable
 from dataclasses import asdict
@@ -22,15 +20,13 @@ from typing import Any, Literal
 
 import lightning as L
 import torch
-from lightning.pytorch.accelerators import MPSAccelerator
 from lightning.pytorch.cli import OptimizerCallable
-from lightning.pytorch.strategies import FSDPStrategy
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 from torchmetrics import MetricCollection
-from transformers import PreTrainedTokenizerBase, TrainerState, get_scheduler
+from transformers import PreTrainedTokenizerBase, TrainerState
 
 from lightning_grpo.algorithms import GRPO, Algorithm
 from lightning_grpo.distributed import failing_together
@@ -39,38 +35,26 @@ from lightning_grpo.generation import Engine, SamplingKey, build_engine
 from lightning_grpo.loaders import EvalBatch, Slot
 from lightning_grpo.metrics import MetricSums
 from lightning_grpo.nonfinite import NonfiniteGuard
+from lightning_grpo.optimization import LRSchedule, adamw, make_lr_scheduler
 from lightning_grpo.paths import resolve_package_path
-from lightning_grpo.policy import (
-    Dtype,
-    Lora,
-    Policy,
-    check_mesh,
-    eos_token_ids,
-    load_policy,
-    shard_policy,
-)
+from lightning_grpo.policy import Dtype, Lora, Policy, eos_token_ids, load_policy
 from lightning_grpo.reference import Reference, frozen_reference_hash, settle_reference
 from lightning_grpo.rewards import Scorer
 from lightning_grpo.rollout import RolloutSettings, collect_rollout
 from lightning_grpo.run_state import Counters, Phase
 from lightning_grpo.scoring import score_completions
+from lightning_grpo.sharding import check_mesh, shard_policy
 from lightning_grpo.snapshot import WeightSnapshot
+from lightning_grpo.startup import refuse_unsupported, warn_of_idle_kl, warn_of_lost_updates
 from lightning_grpo.tokenizing import load_tokenizer
 from lightning_grpo.types import Minibatch, PromptBatch, Rollout
 from lightning_grpo.update import microbatch_loss
 
 # Keys of validation draws never meet those of training.
 _VAL_SEED_OFFSET = 1_000_003
-# Below it, an update of a bf16 weight is usually smaller than half the distance to the next one.
-MIN_HALF_PRECISION_LR = 1e-5
 NO_CALLBACKS = (
     "the module got no {what}: give the Trainer lightning_grpo.callbacks.standard(...) as callbacks"
 )
-
-
-def adamw(params: Any) -> Optimizer:
-    """AdamW at a learning rate that suits the fine-tuning of a pretrained model."""
-    return torch.optim.AdamW(params, lr=1e-6, weight_decay=0.0)
 
 
 class GRPOModule(L.LightningModule):
@@ -116,7 +100,7 @@ class GRPOModule(L.LightningModule):
         algorithm: Algorithm | None = None,
         beta: float = 0.04,
         optimizer: OptimizerCallable = adamw,
-        lr_schedule: Literal["constant", "linear", "cosine"] = "constant",
+        lr_schedule: LRSchedule = "constant",
         num_warmup_steps: int = 0,
         microbatch_tokens: int = 16384,
         old_policy: Literal["logprobs", "weights"] = "logprobs",
@@ -179,21 +163,7 @@ class GRPOModule(L.LightningModule):
 
     def setup(self, stage: str) -> None:
         """Refuse what cannot work, and find out where the run writes (on rank 0, for all)."""
-        if isinstance(self.trainer.strategy, FSDPStrategy):
-            raise ValueError(
-                "trainer.strategy fsdp (FSDP1) is not supported: use ModelParallelStrategy (FSDP2) "
-                "with data_parallel_size and tensor_parallel_size set"
-            )
-        if stage == "fit" and str(self.trainer.precision).startswith("16"):
-            raise ValueError(
-                f"trainer.precision {self.trainer.precision!r} is not supported, since its "
-                "gradients overflow before they are scaled: use bf16-mixed"
-            )
-        if isinstance(self.trainer.accelerator, MPSAccelerator):
-            raise ValueError(
-                "trainer.accelerator mps is not supported, since Apple's GPUs have no float64: set "
-                "it to cpu"
-            )
+        refuse_unsupported(self.trainer, stage)
         self.run_dir = Path(self.trainer.log_dir or self.trainer.default_root_dir)
 
     def configure_model(self) -> None:
@@ -223,44 +193,21 @@ class GRPOModule(L.LightningModule):
         """One optimizer over the trainable parameters, and its schedule per step."""
         trainable = [p for p in self.policy.parameters() if p.requires_grad]
         optimizer = self.make_optimizer([{"params": trainable, "name": "policy"}])
-        scheduler = get_scheduler(
-            "constant_with_warmup" if self.lr_schedule == "constant" else self.lr_schedule,
+        scheduler = make_lr_scheduler(
             optimizer,
+            self.lr_schedule,
             num_warmup_steps=self.num_warmup_steps,
-            num_training_steps=self._num_scheduled_steps(),
+            num_steps=self.trainer.estimated_stepping_batches,
         )
         return {
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
         }
 
-    def _num_scheduled_steps(self) -> int:
-        if self.lr_schedule == "constant":
-            return 0
-        num_steps = self.trainer.estimated_stepping_batches
-        if math.isinf(num_steps):
-            raise ValueError(
-                f"model.lr_schedule {self.lr_schedule!r} ends with the run, but the run has no "
-                "end: set trainer.max_steps or trainer.max_epochs"
-            )
-        return int(num_steps)
-
     def on_fit_start(self) -> None:
         """Warn of settings that train nothing or not what they seem to."""
-        rates = [group["lr"] for group in self.trainer.optimizers[0].param_groups]
-        if self.policy.rounds_small_updates and max(rates) < MIN_HALF_PRECISION_LR:
-            warnings.warn(
-                f"the weights are in half precision and the learning rate is {max(rates):.1e}: "
-                "most updates are smaller than the rounding of a weight and are lost; use "
-                "model.dtype float32 with trainer.precision bf16-mixed",
-                stacklevel=2,
-            )
-        if self.beta > 0 and getattr(self.algorithm, "kl_estimator", None) == "k1":
-            warnings.warn(
-                "model.algorithm.kl_estimator k1 has no gradient in expectation, so model.beta "
-                "holds nothing: use k3 or reverse",
-                stacklevel=2,
-            )
+        warn_of_lost_updates(self.policy, self.trainer.optimizers[0])
+        warn_of_idle_kl(self.algorithm, self.beta)
 
     def on_train_start(self) -> None:
         """Settle the reference, after a checkpoint was loaded or a cold start was made."""

@@ -1,4 +1,4 @@
-"""The policy: a causal language model, its log-probs, and how it is loaded and sharded."""
+"""The policy: a causal language model, its log-probs, and how it is loaded."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from typing import Any, Literal, NamedTuple, TypeVar
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -146,7 +145,7 @@ class Policy(nn.Module):
         """Call `function` on the transformers model with every parameter whole on this rank.
 
         Without FSDP2 this only calls it. Under FSDP2 it runs as a forward of the root (see
-        `shard_policy`), gathers all layers once, and shards them again; the ranks may then do
+        `sharding.shard_policy`), gathers all layers once, and shards them again; the ranks may do
         different amounts of work in between, such as decoding to different lengths.
 
         Args:
@@ -268,41 +267,6 @@ def _add_adapter(model: PreTrainedModel, lora: Lora) -> PeftModel:
         task_type="CAUSAL_LM",
     )
     return get_peft_model(model, config)  # type: ignore[return-value]
-
-
-def check_mesh(mesh: DeviceMesh) -> None:
-    """Refuse a mesh whose ranks would hold copies of the same work.
-
-    Args:
-        mesh: of ModelParallelStrategy, with the dimensions data_parallel and tensor_parallel.
-
-    Raises:
-        ValueError: the tensor-parallel dimension is larger than 1.
-    """
-    size = mesh["tensor_parallel"].size()
-    if size != 1:
-        raise ValueError(
-            f"trainer.strategy has tensor_parallel_size {size} (its default is all devices), but "
-            "the policy is sharded over data-parallel ranks only: set tensor_parallel_size to 1 "
-            "and data_parallel_size to the number of devices"
-        )
-
-
-def shard_policy(policy: Policy, mesh: DeviceMesh) -> None:
-    """Shard a policy over the ranks with FSDP2: each decoder layer, then what is left.
-
-    Args:
-        policy: changed in place.
-        mesh: the data-parallel mesh.
-    """
-    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
-
-    layer_names = set(getattr(policy.causal_lm, "_no_split_modules", None) or ())
-    for module in policy.modules():
-        if type(module).__name__ in layer_names:
-            fully_shard(module, mesh=mesh)
-    fully_shard(policy, mesh=mesh)
-    register_fsdp_forward_method(policy, "call_unsharded")
 
 
 def eos_token_ids(policy: Policy, tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -21,8 +21,9 @@ torch.set_num_threads(1)
 def run_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every test runs in a folder of its own, and leaves no run folder to the next."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("LIGHTNING_GRPO_RUN_DIR", raising=False)
-    monkeypatch.delenv("PL_GLOBAL_SEED", raising=False)
+    left_by_lightning = ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "LOCAL_RANK", "WORLD_SIZE")
+    for name in (*left_by_lightning, "PL_GLOBAL_SEED"):
+        monkeypatch.delenv(name, raising=False)
     if "lightning" in sys.modules:  # a test of two ranks may have left this process as the second
         from lightning.pytorch.utilities.rank_zero import rank_zero_only
 

@@ -32,6 +32,7 @@ LAYERS = [
         ),
         *("data", "replay", "scoring", "rollout", "snapshot", "reference", "nonfinite", "update"),
         *("run_state", "evaluation", "metrics", "module", "distributed", "hooks"),
+        *("optimization", "sharding", "startup"),
     },
     {"callbacks"},
     {"cli", "console", "run_files", "tools", "conf", "__main__"},

@@ -1,0 +1,75 @@
+"""What is refused or warned of before a run starts."""
+
+from __future__ import annotations
+
+import warnings
+
+import lightning as L
+from lightning.pytorch.accelerators import MPSAccelerator
+from lightning.pytorch.strategies import FSDPStrategy
+from torch.optim import Optimizer
+
+from lightning_grpo.algorithms import Algorithm
+from lightning_grpo.policy import Policy
+
+# Below it, an update of a bf16 weight is usually smaller than half the distance to the next one.
+MIN_HALF_PRECISION_LR = 1e-5
+
+
+def refuse_unsupported(trainer: L.Trainer, stage: str) -> None:
+    """Refuse a Trainer that the loop does not work with.
+
+    Args:
+        trainer: with its strategy and accelerator.
+        stage: fit, validate, test or predict.
+
+    Raises:
+        ValueError: FSDP1, fp16 or Apple's GPUs.
+    """
+    if isinstance(trainer.strategy, FSDPStrategy):
+        raise ValueError(
+            "trainer.strategy fsdp (FSDP1) is not supported: use ModelParallelStrategy (FSDP2) "
+            "with data_parallel_size and tensor_parallel_size set"
+        )
+    if isinstance(trainer.accelerator, MPSAccelerator):
+        raise ValueError(
+            "trainer.accelerator mps is not supported, since Apple's GPUs have no float64: set it "
+            "to cpu"
+        )
+    if stage == "fit" and str(trainer.precision).startswith("16"):
+        raise ValueError(
+            f"trainer.precision {trainer.precision!r} is not supported, since its gradients "
+            "overflow before they are scaled: use bf16-mixed"
+        )
+
+
+def warn_of_lost_updates(policy: Policy, optimizer: Optimizer) -> None:
+    """Warn when weights are too coarse for the learning rate.
+
+    Args:
+        policy: whose weights are trained.
+        optimizer: with its learning rates.
+    """
+    rate = max(group["lr"] for group in optimizer.param_groups)
+    if policy.rounds_small_updates and rate < MIN_HALF_PRECISION_LR:
+        warnings.warn(
+            f"the weights are in half precision and the learning rate is {rate:.1e}: most updates "
+            "are smaller than the rounding of a weight and are lost; use model.dtype float32 with "
+            "trainer.precision bf16-mixed",
+            stacklevel=2,
+        )
+
+
+def warn_of_idle_kl(algorithm: Algorithm, beta: float) -> None:
+    """Warn when the KL to the reference is paid for and holds nothing.
+
+    Args:
+        algorithm: of the run.
+        beta: weight of the KL.
+    """
+    if beta > 0 and getattr(algorithm, "kl_estimator", None) == "k1":
+        warnings.warn(
+            "model.algorithm.kl_estimator k1 has no gradient in expectation, so model.beta holds "
+            "nothing: use k3 or reverse",
+            stacklevel=2,
+        )
