@@ -49,6 +49,7 @@ class IterationCheckpoint(Checkpoint):
         self.best_score: float | None = None
         self.folder = Path("checkpoints")
         self._saved_step = -1
+        self._has_trained = False
         self._beta = 0.0
         self._saved_beta: float | None = None
         self._options: list[dict[str, Any]] = []
@@ -57,6 +58,7 @@ class IterationCheckpoint(Checkpoint):
         """Find the run's folder, and note the configured beta before a checkpoint is loaded."""
         self.folder = Path(trainer.log_dir or trainer.default_root_dir) / "checkpoints"
         self._beta = module.beta
+        self._has_trained = False
 
     def on_fit_start(self, trainer: L.Trainer, module: GRPOModule) -> None:
         """Note the configured options of the optimizer before those of a checkpoint are loaded."""
@@ -100,6 +102,7 @@ class IterationCheckpoint(Checkpoint):
         self, trainer: L.Trainer, module: GRPOModule, outputs: object, batch: Any, batch_idx: int
     ) -> None:
         """Save after the last minibatch of an iteration, when it is time, and at the very end."""
+        self._has_trained = True
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         iterations = module.counters.iterations
@@ -115,7 +118,7 @@ class IterationCheckpoint(Checkpoint):
     def on_train_end(self, trainer: L.Trainer, module: GRPOModule) -> None:
         """Save the end of a run that something else than its last step has stopped."""
         is_saved = self._saved_step == trainer.global_step
-        if trainer.global_step and not is_saved and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+        if self._has_trained and not is_saved and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             self.save(trainer, self.last_path)
 
     def on_validation_end(self, trainer: L.Trainer, module: GRPOModule) -> None:
@@ -139,6 +142,9 @@ class IterationCheckpoint(Checkpoint):
         self, trainer: L.Trainer, module: GRPOModule, exception: BaseException
     ) -> None:
         """Save what there is, where every rank is sure to come by."""
+        # A resume that fails to start has restored some of a checkpoint, which must stay as it is.
+        if not self._has_trained:
+            return
         reaches_all_ranks = isinstance(exception, (KeyboardInterrupt, SIGTERMException))
         if not self.saves_on_exception or trainer.fast_dev_run or trainer.global_step == 0:  # type: ignore[attr-defined]
             return
@@ -153,6 +159,7 @@ class IterationCheckpoint(Checkpoint):
 
     def save(self, trainer: L.Trainer, path: Path) -> None:
         """Write one checkpoint. Every rank has to call it."""
+        # Here it means that the optimizer and the loops are saved too; nothing is unpickled.
         trainer.save_checkpoint(path, weights_only=False)
         if path == self.last_path:
             self._saved_step = trainer.global_step

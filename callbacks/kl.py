@@ -7,6 +7,7 @@ import warnings
 import lightning as L
 import torch
 
+from lightning_grpo.distributed import TrainingStopped
 from lightning_grpo.kl import adaptive_beta
 from lightning_grpo.module import GRPOModule
 from lightning_grpo.snapshot import local_weights
@@ -153,7 +154,7 @@ class KLMonitor(L.Callback):
             f"{self.rollback_above}): its weights are those of before this rollout again"
         )
         if self._rollbacks_in_a_row >= self.max_rollbacks:
-            raise RuntimeError(
+            raise TrainingStopped(
                 f"{message}. This was rollback {self._rollbacks_in_a_row} in a row "
                 "(kl.max_rollbacks): lower the learning rate"
             )

@@ -125,7 +125,7 @@ class IterationProgress(ProgressBar):
     def on_train_start(self, trainer: L.Trainer, module: GRPOModule) -> None:
         """Set the number of iterations, now that the data is there."""
         if self.bar is not None:
-            total = num_iterations(trainer)
+            total = num_iterations(trainer, module)
             self.bar.update(self.bar.task_ids[0], total=total, completed=module.counters.iterations)
 
     def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
@@ -136,11 +136,12 @@ class IterationProgress(ProgressBar):
     def on_iteration_end(self, trainer: L.Trainer, module: GRPOModule, rollout: Rollout) -> None:
         """Move on by one."""
         if self.bar is not None:
-            self.bar.update(self.bar.task_ids[0], completed=module.counters.iterations)
+            done, total = module.counters.iterations, num_iterations(trainer, module)
+            self.bar.update(self.bar.task_ids[0], completed=done, total=total)
         if self.bar is not None or not self._is_enabled:
             return
         now = time.monotonic()
-        done, total = module.counters.iterations, num_iterations(trainer)
+        done, total = module.counters.iterations, num_iterations(trainer, module)
         if now - self._last_line < self.seconds_between_lines and done != total:
             return
         self._last_line = now
@@ -191,13 +192,22 @@ def redirect_logging(old: Any, new: Any) -> None:
                 handler.setStream(new)
 
 
-def num_iterations(trainer: L.Trainer) -> int | None:
-    """Iterations of the whole fit, if none is cut short; None when there is no end."""
-    slots = trainer.datamodule.slots_per_iteration  # type: ignore[attr-defined]
+def num_iterations(trainer: L.Trainer, module: GRPOModule) -> int | None:
+    """Iterations that are done and those that the remaining steps will make, if none is cut short.
+
+    Args:
+        trainer: in fit, between two iterations.
+        module: with the counters of the run.
+
+    Returns:
+        The sum; None when the run has no end.
+    """
     steps = trainer.estimated_stepping_batches
     if steps == float("inf"):
         return None
-    return int(-(-int(steps) * trainer.accumulate_grad_batches // slots))
+    slots = trainer.datamodule.slots_per_iteration  # type: ignore[attr-defined]
+    num_left = max(int(steps) - trainer.global_step, 0) * trainer.accumulate_grad_batches
+    return module.counters.iterations + int(-(-num_left // slots))
 
 
 def metrics_line(trainer: L.Trainer) -> str:

@@ -37,6 +37,7 @@ from lightning_grpo.console import (
     quiet_libraries,
 )
 from lightning_grpo.data import PromptDataModule
+from lightning_grpo.distributed import TrainingStopped
 from lightning_grpo.module import GRPOModule
 from lightning_grpo.paths import resolve_package_path
 from lightning_grpo.run_files import (
@@ -134,15 +135,31 @@ class GRPOCLI(LightningCLI):
         if trainer_config.get("enable_progress_bar") is not False:
             extra.append(IterationProgress())
         self.trainer_defaults = {"callbacks": extra}
-        return super().instantiate_trainer(**kwargs)
+        trainer = super().instantiate_trainer(**kwargs)
+        num_launched = int(os.environ.get("WORLD_SIZE", trainer.world_size))
+        if num_launched != trainer.world_size:
+            raise ValueError(
+                f"{num_launched} processes were launched, but the Trainer has "
+                f"{trainer.world_size}: set trainer.devices (and trainer.num_nodes) to match, and "
+                "trainer.strategy to ddp or ModelParallelStrategy"
+            )
+        return trainer
 
     def _run_subcommand(self, subcommand: str) -> None:
         try:
             super()._run_subcommand(subcommand)
         except BaseException:
-            if self.is_new_dir and self.trainer.is_global_zero:
-                remove_if_nothing_ran(self.run_dir)
+            if self.trainer.is_global_zero:
+                self._forget_attempt()
             raise
+
+    def _forget_attempt(self) -> None:
+        # A later resume takes the newest configuration; that of an attempt that never began to
+        # train is none.
+        if self.is_new_dir:
+            remove_if_nothing_ran(self.run_dir)
+        elif self.resume_step is not None and self.trainer.global_step <= self.resume_step:
+            (self.run_dir / self.save_config_kwargs["config_filename"]).unlink(missing_ok=True)
 
     def _loggers(self) -> list[Any]:
         if self.subcommand == "fit":
@@ -224,7 +241,7 @@ def main(args: Sequence[str] | None = None) -> None:
         sys.exit(128 + 15)  # Lightning would report success
     except KeyboardInterrupt:  # before or after Lightning, which has its own message
         sys.exit("interrupted")
-    except (ValueError, OSError, MisconfigurationException) as error:
+    except (ValueError, OSError, MisconfigurationException, TrainingStopped) as error:
         if os.environ.get(TRACEBACK_VARIABLE) or not is_mendable(error):
             raise
         sys.exit(error_text(error))

@@ -61,6 +61,7 @@ def quiet_libraries() -> None:
         r".*does not have many workers.*",
         r".*eval mode at the start of training.*",
         r".*`isinstance\(treespec, LeafSpec\)` is deprecated.*",
+        r"`is_gradient_checkpointing` is deprecated.*",
         r"Detected an existing checkpoint.*",
         r"Total length of `list` across ranks is zero.*",
     ):

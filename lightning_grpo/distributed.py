@@ -1,4 +1,4 @@
-"""Failing together: an error on one rank stops the others before they wait for it."""
+"""Stopping together: an error on one rank stops the others before they wait for it."""
 
 from __future__ import annotations
 
@@ -8,6 +8,10 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+
+
+class TrainingStopped(RuntimeError):
+    """A run that cannot go on, with all that its user needs to know; the same on every rank."""
 
 
 class HasSum(Protocol):

@@ -413,6 +413,7 @@ class GRPOModule(L.LightningModule):
         checkpoint["lightning_grpo"] = {
             "counters": asdict(self.counters),
             "beta": self.beta,
+            "is_lora": self.policy.is_lora,
             "old_logprobs": self.old_logprobs,
             "is_cold_started": self.is_cold_started,
             "reference": dict(self.reference_record),
@@ -421,6 +422,11 @@ class GRPOModule(L.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take back what `on_save_checkpoint` added."""
         saved = checkpoint["lightning_grpo"]
+        if saved["is_lora"] != (self.load_options["lora"] is not None):
+            kind = "adapters" if saved["is_lora"] else "a whole model"
+            raise ValueError(
+                f"the checkpoint holds {kind}: resume with the model.lora that the run began with"
+            )
         self.counters = Counters(**saved["counters"])
         self.beta = saved["beta"]
         if self.old_logprobs == "auto":  # what is set explicitly counts more than what was found

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_grpo.distributed import TrainingStopped
 from lightning_grpo.types import Rollout
 
 
@@ -56,7 +57,7 @@ class NonfiniteGuard:
             True when the step must not happen; the same on every rank.
 
         Raises:
-            RuntimeError: too many in a row.
+            TrainingStopped: too many in a row.
         """
         window, self._window = self._window, []
         loss, self._window_loss = self._window_loss, 0.0
@@ -70,7 +71,7 @@ class NonfiniteGuard:
         where = f"{num_rows} rows are in {path}" if num_rows else "this rank wrote no rows"
         message = f"{reason}: the step was skipped on all ranks; {where}"
         if self.num_in_a_row >= self.max_in_a_row:
-            raise RuntimeError(
+            raise TrainingStopped(
                 f"{message}. This was step {self.num_in_a_row} in a row "
                 "(model.max_nonfinite_steps): lower the learning rate, or look at those rows"
             )

@@ -17,6 +17,11 @@ from lightning_grpo.module import GRPOModule
 from lightning_grpo.types import Rollout
 
 
+def short(completions: list[str], **columns: Any) -> list[float]:
+    """A reward of a user: shorter is better."""
+    return [-float(len(text)) for text in completions]
+
+
 class Announcer(L.Callback):
     """A callback of a user, with options."""
 

@@ -444,3 +444,35 @@ def test_the_number_of_threads_is_set(char_model):
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)
+
+
+def test_a_resume_that_fails_to_start_leaves_the_run_as_it_was(char_model):
+    config = write_config(char_model)
+    run("fit", "--config", config)
+    last = VERSION_0 / "checkpoints/last.ckpt"
+    files = {path: path.read_bytes() for path in VERSION_0.rglob("*") if path.is_file()}
+    # Some of these fail when a part of the checkpoint is restored already.
+    for options in (["--model.lora.rank", "4"], ["--data.seed", "7"], ["--model.beta", "x"]):
+        with pytest.raises(SystemExit):
+            run("fit", "--ckpt_path", str(last), "--trainer.max_steps", "8", *options)
+        kept = {path: path.read_bytes() for path in VERSION_0.rglob("*") if path.is_file()}
+        assert {path: kept.get(path) for path in files} == files
+        assert not [path for path in kept if path.name.startswith("config_resume")]
+    run("fit", "--ckpt_path", str(last), "--trainer.max_steps", "8")
+    assert torch.load(last, weights_only=True)["global_step"] == 8
+
+
+def test_the_option_of_the_readme_names_a_reward(char_model):
+    config = write_config(char_model)
+    reward = "--reward.functions=[command_lines.short]"
+    readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    assert "--reward.functions='[my_rewards.short_and_right]'" in readme
+    run("fit", "--config", config, "--trainer.max_steps", "1", reward)
+    assert train_rows(VERSION_0 / "metrics.csv", "reward/short")
+
+
+def test_processes_that_the_trainer_does_not_count_are_refused(char_model, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SystemExit) as stop:
+        run("fit", "--config", write_config(char_model))
+    assert "2 processes were launched, but the Trainer has 1" in str(stop.value.code)

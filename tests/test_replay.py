@@ -302,6 +302,7 @@ def test_what_is_set_explicitly_counts_more_than_what_a_checkpoint_found(char_mo
         saved = {
             "counters": {},
             "beta": 0.04,
+            "is_lora": False,
             "old_logprobs": "sampler",
             "is_cold_started": False,
             "reference": {},
