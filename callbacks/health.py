@@ -67,7 +67,7 @@ class HealthWarnings(L.Callback):
         """Warn when no reward function scored anything."""
         if rollout.rewards is not None and bool(rollout.rewards.isnan().all()):
             warnings.warn(
-                "no reward function scored any completion of this rank (each returned None or failed), so "
-                "this rollout teaches nothing",
+                "no reward function scored any completion of this rank (each returned None or "
+                "failed), so this rollout teaches nothing",
                 stacklevel=2,
             )
