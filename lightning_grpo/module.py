@@ -275,9 +275,6 @@ class GRPOModule(L.LightningModule):
         if self.is_step_skipped:
             # None and not zero: AdamW moves weights on a zero gradient too.
             optimizer.zero_grad(set_to_none=True)
-            self.counters.skipped_steps += 1
-        else:
-            self.counters.optimizer_steps += 1
 
     def optimizer_step(
         self,
@@ -288,6 +285,11 @@ class GRPOModule(L.LightningModule):
     ) -> None:
         """Step, and free the gradients, so that none are held during the next rollout."""
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        # Counted when Lightning has counted too: a Ctrl-C before leaves both as they were.
+        if self.is_step_skipped:
+            self.counters.skipped_steps += 1
+        else:
+            self.counters.optimizer_steps += 1
         optimizer.zero_grad(set_to_none=True)
 
     def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: Optimizer) -> None:
