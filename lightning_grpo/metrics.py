@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
-# Sums a float64 tensor over the ranks.
-SumOverRanks = Callable[[Tensor], Tensor]
+from lightning_grpo.types import SumOverRanks
 
 
 class MetricSums:

@@ -17,12 +17,16 @@ A mask is named for what is True in it. Log-probabilities are in nats.
 from __future__ import annotations
 
 import dataclasses
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
+# Adds a tensor over the ranks, in float64; on one process it returns the tensor itself.
+SumOverRanks = Callable[[Tensor], Tensor]
 # A prompt is a string, or the messages of a chat: [{"role": ..., "content": ...}, ...].
 Prompt = str | list[dict[str, Any]]
 # A completion as a reward function sees it: a string, or for a chat prompt one assistant message.
@@ -98,6 +102,12 @@ class Rollout:
     """(B, C) log-probs under the policy that acted; None: the loss uses its own, detached."""
     ref_logprobs: Tensor | None = None
     """(B, C) log-probs under the frozen reference; None when beta is 0."""
+    values: Tensor | None = None
+    """(B, C) float32, the critic's value of the state before each token, when it was sampled."""
+    final_values: Tensor | None = None
+    """(B,) float32, the critic's value of the state after the last token."""
+    returns: Tensor | None = None
+    """(B, C) float32, what the critic learns to predict at each token."""
 
     def __len__(self) -> int:
         return self.completion_ids.shape[0]
@@ -175,6 +185,76 @@ def select_rows(rollout: Rollout, rows: Tensor) -> Rollout:
                 for name, column in value.items()
             }
     return rollout.replace(**changes)
+
+
+def join_rollouts(rollouts: Sequence[Rollout], pad_token_id: int) -> Rollout:
+    """Put the rows of some rollouts one below the other.
+
+    Prompts are padded on the left and completions on the right, to the widest.
+
+    Args:
+        rollouts: one or more, some perhaps without rows; group ids are kept as they are.
+        pad_token_id: fills prompt and completion ids; masks get False, and the rest 0.
+
+    Returns:
+        All rows in order. A column that a rollout lacks is None in its rows, and a reward function
+        that it lacks NaN.
+
+    Raises:
+        ValueError: a tensor that some of the rollouts have and others lack.
+    """
+    changes: dict[str, Any] = {}
+    for item in dataclasses.fields(Rollout):
+        values = [getattr(rollout, item.name) for rollout in rollouts]
+        if all(value is None for value in values):
+            continue
+        if any(value is None for value in values):
+            raise ValueError(f"some of the rollouts have {item.name} and others have not")
+        if isinstance(values[0], Tensor):
+            fill = pad_token_id if item.name in ("prompt_ids", "completion_ids") else 0
+            on_left = item.name in ("prompt_ids", "prompt_mask")
+            changes[item.name] = _stacked(values, fill, on_left=on_left)
+        elif isinstance(values[0], list):
+            changes[item.name] = [entry for value in values for entry in value]
+        else:
+            names = dict.fromkeys(name for value in values for name in value)
+            changes[item.name] = {
+                name: _joined_column(
+                    [(value.get(name), len(r)) for value, r in zip(values, rollouts)]
+                )
+                for name in names
+            }
+    return rollouts[0].replace(**changes)
+
+
+def _stacked(tensors: list[Tensor], fill: int, *, on_left: bool) -> Tensor:
+    """Rows of (b,) or (b, width) tensors below each other, padded to the widest."""
+    if tensors[0].ndim == 1:
+        return torch.cat(tensors)
+    width = max(tensor.shape[1] for tensor in tensors)
+    padded = []
+    for tensor in tensors:
+        missing = width - tensor.shape[1]
+        sides = (missing, 0) if on_left else (0, missing)
+        padded.append(torch.nn.functional.pad(tensor, sides, value=fill))
+    return torch.cat(padded)
+
+
+def _joined_column(parts: list[tuple[Any, int]]) -> Any:
+    """Join (column, number of rows) pairs, where None stands for a column that is not there."""
+    tensors = [column for column, _ in parts if isinstance(column, Tensor)]
+    if tensors:
+        return torch.cat(
+            [
+                tensors[0].new_full((num_rows,), math.nan) if column is None else column
+                for column, num_rows in parts
+            ]
+        )
+    return [
+        entry
+        for column, num_rows in parts
+        for entry in ([None] * num_rows if column is None else column)
+    ]
 
 
 def to_device(rollout: Rollout, device: torch.device) -> Rollout:

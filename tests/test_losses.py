@@ -1,4 +1,4 @@
-"""The clipped policy loss against tables worked by hand, finite differences and poisoned masks."""
+"""The policy losses against tables worked by hand, finite differences and poisoned masks."""
 
 from __future__ import annotations
 
@@ -9,7 +9,11 @@ import torch
 
 from lightning_grpo.kl import kl_estimate
 from lightning_grpo.logprobs import token_logprobs
-from lightning_grpo.losses import clipped_policy_loss
+from lightning_grpo.losses import (
+    cispo_policy_loss,
+    clipped_policy_loss,
+    sequence_clipped_policy_loss,
+)
 from lightning_grpo.masking import reduce_loss
 
 POISONS = [math.nan, math.inf, -math.inf, 1e4, -1e4]
@@ -297,3 +301,192 @@ def test_bounds_out_of_range_wrong_shapes_and_half_precision_are_refused():
         clipped_policy_loss(x, x, x, mask.float())
     with pytest.raises(ValueError, match="bfloat16"):
         clipped_policy_loss(x.bfloat16(), x, x, mask)
+
+
+def one_completion(ratios, advantage, mask=None, loss=sequence_clipped_policy_loss, **options):
+    """Reduced loss, gradient and metrics of one completion with given token ratios."""
+    old = torch.linspace(-1, -2, len(ratios), dtype=torch.float64).unsqueeze(0)
+    logprobs = (old + torch.tensor([ratios], dtype=torch.float64).log()).requires_grad_()
+    mask = torch.tensor([mask or [True] * len(ratios)])
+    output = loss(logprobs, old, torch.full_like(old, advantage), mask, **options)
+    reduced = reduce_loss(output.per_token, mask, "completion", denominator=1.0)
+    (gradient,) = torch.autograd.grad(reduced, logprobs)
+    return reduced.item(), gradient[0].tolist(), output
+
+
+WIDE = {"clip_low": 0.2, "clip_high": 0.2}
+
+
+@pytest.mark.parametrize(
+    ("options", "advantage", "ratios", "loss", "gradient", "clipped"),
+    [
+        # s is the geometric mean of the ratios: 1.1, from 1.21 and 1
+        (WIDE, 1.0, [1.21, 1.0], -1.1, -0.55, 0),
+        (WIDE, -1.0, [1.21, 1.0], 1.1, 0.55, 0),
+        (WIDE, 2.0, [1.0, 1.21], -2.2, -1.1, 0),
+        (WIDE, 1.0, [1.69, 1.0], -1.2, 0.0, 2),
+        (WIDE, -1.0, [1.69, 1.0], 1.3, 0.65, 0),
+        (WIDE, -1.0, [0.36, 1.0], 0.8, 0.0, 2),
+        (WIDE, 1.0, [0.36, 1.0], -0.6, -0.3, 0),
+        (WIDE, 0.0, [9.0, 1.0], 0.0, 0.0, 0),
+        # ratios of tokens far outside, whose mean is not
+        (WIDE, 1.0, [4.0, 0.25], -1.0, -0.5, 0),
+        ({}, 1.0, [math.exp(3.5e-4)] * 2, -math.exp(3.5e-4), -math.exp(3.5e-4) / 2, 0),
+        ({}, 1.0, [math.exp(4.5e-4)] * 2, -1.0004, 0.0, 2),
+        ({}, -1.0, [math.exp(-3.5e-4)] * 2, 0.9997, 0.0, 2),
+        ({}, -1.0, [math.exp(-2.5e-4)] * 2, math.exp(-2.5e-4), math.exp(-2.5e-4) / 2, 0),
+    ],
+)
+def test_the_sequence_clip_table(options, advantage, ratios, loss, gradient, clipped):
+    found_loss, found_gradient, output = one_completion(ratios, advantage, **options)
+    assert found_loss == pytest.approx(loss, abs=1e-13)
+    assert found_gradient == pytest.approx([gradient] * len(ratios), abs=1e-13)
+    assert [t.item() for t in output.metrics["policy/clip_frac"]] == [clipped, len(ratios)]
+
+
+def test_the_sequence_ratio_is_the_mean_over_the_mask_alone():
+    mask = [True, False, True, False]
+    loss, gradient, output = one_completion([1.21, 9.0, 1.0, 7.0], 1.0, mask, **WIDE)
+    assert loss == pytest.approx(-1.1, abs=1e-13)
+    assert gradient == pytest.approx([-0.55, 0, -0.55, 0], abs=1e-13)
+    assert output.per_token[0, 1].item() == output.per_token[0, 3].item() == 0
+
+
+def test_a_sequence_ratio_is_that_of_its_own_row():
+    old = torch.zeros(2, 2, dtype=torch.float64)
+    logprobs = torch.tensor([[1.21, 1.0], [0.81, 1.0]], dtype=torch.float64).log()
+    mask = torch.ones(2, 2, dtype=torch.bool)
+    output = sequence_clipped_policy_loss(logprobs, old, torch.ones(2, 2), mask, **WIDE)
+    assert output.per_token[0].tolist() == pytest.approx([-1.1, -1.1], abs=1e-13)
+    assert output.per_token[1].tolist() == pytest.approx([-0.9, -0.9], abs=1e-13)
+
+
+def test_the_sequence_gradient_is_that_of_the_printed_loss_by_finite_differences():
+    draw = torch.Generator().manual_seed(4)
+    log_ratios = (torch.randn(5, generator=draw, dtype=torch.float64) * 0.2).tolist()
+
+    def printed(values):
+        s, a = math.exp(sum(values) / len(values)), -1.5
+        return -min(s * a, min(max(s, 0.2), 1.8) * a)
+
+    _, gradient, _ = one_completion(
+        [math.exp(v) for v in log_ratios], -1.5, clip_low=0.8, clip_high=0.8
+    )
+    step = 1e-6
+    for t in range(5):
+        up = printed([v + step * (i == t) for i, v in enumerate(log_ratios)])
+        down = printed([v - step * (i == t) for i, v in enumerate(log_ratios)])
+        assert gradient[t] == pytest.approx((up - down) / (2 * step), abs=1e-9)
+
+
+def test_tokens_of_one_completion_may_have_their_own_advantages():
+    logprobs = torch.tensor([[1.21, 1.0]], dtype=torch.float64).log().requires_grad_()
+    mask = torch.ones(1, 2, dtype=torch.bool)
+    advantages = torch.tensor([[1.0, -3.0]], dtype=torch.float64)
+    output = sequence_clipped_policy_loss(
+        logprobs, torch.zeros_like(logprobs), advantages, mask, **WIDE
+    )
+    reduce_loss(output.per_token, mask, "completion", denominator=1.0).backward()
+    assert logprobs.grad[0].tolist() == pytest.approx([-0.55, 1.65], abs=1e-13)
+
+
+@pytest.mark.parametrize(
+    ("advantage", "ratio", "gradient", "clipped"),
+    [
+        (1.0, 2.0, -1.28, 1),
+        (-1.0, 2.0, 1.28, 1),
+        (1.0, 1.2, -1.2, 0),
+        (2.0, 0.1, -0.2, 0),
+        (-2.0, 0.1, 0.2, 0),
+        (1.0, math.exp(200), -1.28, 1),
+    ],
+)
+def test_the_cispo_table(advantage, ratio, gradient, clipped):
+    loss, found, output = one_completion([ratio], advantage, loss=cispo_policy_loss, clip_high=0.28)
+    assert found == pytest.approx([gradient], abs=1e-13)
+    # The log-prob of the token is its factor: -1 was the old one.
+    assert loss == pytest.approx(gradient * (math.log(ratio) - 1), rel=1e-12)
+    assert [t.item() for t in output.metrics["policy/clip_frac"]] == [clipped, 1]
+
+
+def test_the_default_weight_of_cispo_ends_at_5():
+    assert one_completion([6.0], 1.0, loss=cispo_policy_loss)[1] == pytest.approx([-5.0], abs=1e-13)
+    assert one_completion([4.0], 1.0, loss=cispo_policy_loss)[1] == pytest.approx([-4.0], abs=1e-13)
+
+
+OTHER_LOSSES = [sequence_clipped_policy_loss, cispo_policy_loss]
+
+
+@pytest.mark.parametrize("loss", OTHER_LOSSES)
+def test_on_the_first_minibatch_every_policy_loss_has_the_gradient_of_reinforce(loss):
+    mask = torch.arange(4) < torch.tensor([[4], [2], [0]])
+    logprobs = torch.full((3, 4), -0.5, requires_grad=True)
+    advantages = torch.tensor([[2.0], [-1.0], [3.0]]).expand(3, 4)
+    output = loss(logprobs, logprobs.detach(), advantages, mask)
+    (gradient,) = torch.autograd.grad(output.per_token.sum(), logprobs)
+    assert torch.equal(gradient, torch.where(mask, -advantages, 0.0))
+    assert [t.item() for t in output.metrics["policy/clip_frac"]] == [0, 6]
+    assert [t.item() for t in output.metrics["policy/approx_kl"]] == [0, 6]
+
+
+@pytest.mark.parametrize("loss", OTHER_LOSSES)
+@pytest.mark.parametrize("poison", POISONS)
+@pytest.mark.parametrize("poisoned", ["logprobs", "old_logprobs", "advantages", "all"])
+def test_nothing_under_the_mask_reaches_the_other_policy_losses(loss, poison, poisoned):
+    tensors, mask = small_batch()
+    del tensors["ref_logprobs"]
+
+    def found(names):
+        dirty = {
+            name: tensor.masked_fill(~mask, poison if name in names else 0.0)
+            for name, tensor in tensors.items()
+        }
+        dirty["logprobs"].requires_grad_()
+        output = loss(**dirty, mask=mask)
+        (gradient,) = torch.autograd.grad(output.per_token.sum(), dirty["logprobs"])
+        metrics = {name: [t.item() for t in pair] for name, pair in output.metrics.items()}
+        return output.per_token, gradient, metrics
+
+    clean, dirty = found([]), found(list(tensors) if poisoned == "all" else [poisoned])
+    assert torch.equal(dirty[0], clean[0])
+    assert torch.equal(dirty[1], clean[1])
+    assert dirty[2] == clean[2]
+    assert torch.all(clean[0][~mask] == 0)
+    assert torch.all(clean[1][~mask] == 0)
+
+
+@pytest.mark.parametrize("loss", OTHER_LOSSES)
+def test_the_other_losses_log_the_kl_of_the_tokens(loss):
+    old = torch.tensor([[-1.0, -1.0]], dtype=torch.float64)
+    logprobs = old + torch.tensor([[0.5, -0.5]], dtype=torch.float64)
+    mask = torch.tensor([[True, True]])
+    metrics = loss(logprobs, old, torch.ones(1, 2), mask).metrics
+    expected = math.exp(0.5) + math.exp(-0.5) - 2
+    assert [t.item() for t in metrics["policy/approx_kl"]] == pytest.approx([expected, 2])
+    assert set(metrics) == {"policy/clip_frac", "policy/approx_kl"}
+
+
+@pytest.mark.parametrize("loss", OTHER_LOSSES)
+def test_in_the_other_losses_too_old_log_probs_and_advantages_are_constants(loss):
+    logprobs = torch.tensor([[-1.0, -2.0]], requires_grad=True)
+    advantages = torch.tensor([[1.0, -1.0]], requires_grad=True)
+    output = loss(logprobs, logprobs, advantages, torch.tensor([[True, True]]))
+    output.per_token.sum().backward()
+    assert logprobs.grad.tolist() == [[-1.0, 1.0]]
+    assert advantages.grad is None
+    assert not any(t.requires_grad for pair in output.metrics.values() for t in pair)
+
+
+def test_the_other_losses_refuse_what_the_first_one_does():
+    x, mask = torch.zeros(1, 2), torch.ones(1, 2, dtype=torch.bool)
+    for value in (-0.1, math.nan):
+        for name in ("clip_low", "clip_high"):
+            with pytest.raises(ValueError, match=name):
+                sequence_clipped_policy_loss(x, x, x, mask, **{name: value})
+        with pytest.raises(ValueError, match="clip_high"):
+            cispo_policy_loss(x, x, x, mask, clip_high=value)
+    for loss in OTHER_LOSSES:
+        with pytest.raises(ValueError, match="advantages"):
+            loss(x, x, torch.zeros(1), mask)
+        with pytest.raises(ValueError, match="bfloat16"):
+            loss(x.bfloat16(), x, x, mask)
