@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import lightning as L
 import torch
@@ -97,14 +97,7 @@ class RewardScoring(L.Callback):
         rollout = module.rollout
         if rollout is None or rollout.rewards is not None:
             return
-        start = time.perf_counter()
-        module.phase.enter("scoring")
-        with failing_together(module, "scoring completions"):
-            scores = score_completions(self.scorer, rollout, module.trainer_state())
-        scored = with_scores(rollout, scores)
-        module.rollout = pass_through_hook(trainer, "on_rewards_end", module, scored)
-        seconds = time.perf_counter() - start
-        module.phase.spend("scoring", seconds)
+        module.rollout, scores, seconds = reward_rollout(trainer, module, rollout)
         self._log(module, module.rollout, scores, seconds)
 
     def _log(self, module: GRPOModule, rollout: Rollout, scores: Scores, seconds: float) -> None:
@@ -130,6 +123,37 @@ class RewardScoring(L.Callback):
         for name, values in scores.metrics.items():
             metrics[name] = sum(values) / len(values)
         module.log_dict(metrics, batch_size=1)
+
+
+class RewardedRollout(NamedTuple):
+    """A rollout with its rewards, and what else came of the scoring."""
+
+    rollout: Rollout
+    scores: Scores
+    seconds: float
+
+
+def reward_rollout(trainer: L.Trainer, module: GRPOModule, rollout: Rollout) -> RewardedRollout:
+    """Give a rollout its rewards.
+
+    Args:
+        trainer: with the callbacks that define `on_rewards_end`.
+        module: with the reward functions.
+        rollout: B rows without rewards.
+
+    Returns:
+        The rollout with rewards, as the callbacks left it, and the scores as the functions gave
+        them.
+    """
+    start = time.perf_counter()
+    module.phase.enter("scoring")
+    with failing_together(module, "scoring completions"):
+        scores = score_completions(module.required_scorer, rollout, module.trainer_state())
+    scored = with_scores(rollout, scores)
+    scored = pass_through_hook(trainer, "on_rewards_end", module, scored)
+    seconds = time.perf_counter() - start
+    module.phase.spend("scoring", seconds)
+    return RewardedRollout(scored, scores, seconds)
 
 
 def finite_sum(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import lightning as L
 import torch
@@ -16,7 +18,7 @@ from lightning_grpo.policy import eos_token_ids
 from lightning_grpo.rollout import RolloutSettings
 from lightning_grpo.run_state import global_seed
 from lightning_grpo.scoring import evaluating
-from lightning_grpo.types import Rollout
+from lightning_grpo.types import PromptBatch, Rollout
 
 
 class RolloutGeneration(L.Callback):
@@ -74,9 +76,7 @@ class RolloutGeneration(L.Callback):
         )
 
     def setup(self, trainer: L.Trainer, module: GRPOModule, stage: str) -> None:
-        """Hand the settings to the module; refuse groups the algorithm cannot use."""
-        if stage == "fit":
-            module.algorithm.check_group_size(self.settings.group_size)
+        """Hand the settings to the module."""
         if self.seed is None:
             self.settings = self.settings.with_seed(global_seed())
         module.rollout_settings = self.settings
@@ -109,40 +109,68 @@ class RolloutGeneration(L.Callback):
         """Make the next rollout when every minibatch of the last one is used up."""
         if module.queue:
             return
-        start = time.perf_counter()
-        with failing_together(module, "taking prompts"):
-            prompts = trainer.datamodule.next_prompts()  # type: ignore[attr-defined]
-        with failing_together(module, "generating completions"):
-            module.phase.enter("generating", len(prompts) * self.settings.group_size)
-            with evaluating(module.policy), trainer.precision_plugin.forward_context():
-                rollout = module.make_rollout(prompts, is_training=True)
         if module.old_policy is not None:
             module.old_policy.refresh()
-        module.rollout = pass_through_hook(trainer, "on_rollout_end", module, rollout)
-        seconds = time.perf_counter() - start
-        module.phase.spend("generating", seconds)
-        self._log(module, module.rollout, seconds)
-
-    def _log(self, module: GRPOModule, rollout: Rollout, seconds: float) -> None:
-        totals = torch.stack(
-            [
-                rollout.completion_mask.sum(),
-                rollout.truncated.sum(),
-                torch.tensor(len(rollout), device=rollout.truncated.device),
-            ]
-        )
-        num_tokens, num_truncated, num_rows = module.sum_over_ranks(totals).tolist()
-        module.counters.completions += num_rows
-        module.counters.tokens += num_tokens
+        made = next_rollout(trainer, module)
+        module.rollout = made.rollout
         module.log_dict(
             {
-                "completion/tokens_mean": num_tokens / max(num_rows, 1),
-                "completion/truncated_frac": num_truncated / max(num_rows, 1),
-                "time/rollout_s": seconds,
-                "throughput/completion_tokens_per_s": num_tokens / seconds,
+                "completion/tokens_mean": made.num_tokens / max(made.num_rows, 1),
+                "completion/truncated_frac": made.num_truncated / max(made.num_rows, 1),
+                "time/rollout_s": made.seconds,
+                "throughput/completion_tokens_per_s": made.num_tokens / made.seconds,
             },
             batch_size=1,
         )
+
+
+class NextRollout(NamedTuple):
+    """A rollout of the next prompts, and what it took; the numbers are those of all ranks."""
+
+    rollout: Rollout
+    num_rows: int
+    num_tokens: int
+    num_truncated: int
+    seconds: float
+
+
+def next_rollout(trainer: L.Trainer, module: GRPOModule, *, refill: int = 0) -> NextRollout:
+    """Complete the next prompts of the stream, and count what was generated.
+
+    Args:
+        trainer: with the data and the callbacks that define `on_rollout_end`.
+        module: with the policy and the settings.
+        refill: 0 for the first rollout of an iteration, k for the k-th refill. It shifts the group
+            ids by k * prompts_per_iteration: the ids of an iteration stay unique, and so do the
+            keys of its draws.
+
+    Returns:
+        The rollout, without rewards, and its counts.
+    """
+    start = time.perf_counter()
+    data: Any = trainer.datamodule  # type: ignore[attr-defined]
+    with failing_together(module, "taking prompts"):
+        prompts: PromptBatch = data.next_prompts()
+        shift = refill * data.prompts_per_iteration if refill else 0
+        prompts = replace(prompts, group_ids=[group + shift for group in prompts.group_ids])
+    with failing_together(module, "generating completions"):
+        module.phase.enter("generating", len(prompts) * module.settings.group_size)
+        with evaluating(module.policy), trainer.precision_plugin.forward_context():
+            rollout = module.make_rollout(prompts, is_training=True)
+    rollout = pass_through_hook(trainer, "on_rollout_end", module, rollout)
+    totals = torch.stack(
+        [
+            rollout.completion_mask.sum(),
+            rollout.truncated.sum(),
+            torch.tensor(len(rollout), device=rollout.truncated.device),
+        ]
+    )
+    num_tokens, num_truncated, num_rows = module.sum_over_ranks(totals).tolist()
+    module.counters.completions += num_rows
+    module.counters.tokens += num_tokens
+    seconds = time.perf_counter() - start
+    module.phase.spend("generating", seconds)
+    return NextRollout(rollout, num_rows, num_tokens, num_truncated, seconds)
 
 
 def check_can_complete(module: GRPOModule, num_prompt_tokens: int) -> None:

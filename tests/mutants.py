@@ -134,14 +134,15 @@ if bool(rewards.isinf().any()): => if bool((rewards == torch.inf).any()):
 """
 
 LOSSES = """
-old_logprobs = old_logprobs.detach() => old_logprobs = old_logprobs
+logprobs - old_logprobs.detach(), 0.0) => logprobs - old_logprobs, 0.0)
 torch.where(mask, advantages.detach(), 0.0) => torch.where(mask, advantages, 0.0) => advantages.detach() => advantages.detach() * mask
-torch.where(mask, logprobs - old_logprobs, 0.0) => logprobs - old_logprobs => (logprobs - old_logprobs) * mask
-torch.where(mask, logprobs - old_logprobs => torch.where(mask, old_logprobs - logprobs
-logprobs - old_logprobs, 0.0) => logprobs - old_logprobs, 0.0).clamp(-20, 20) => logprobs - old_logprobs, 0.0).detach()
+torch.where(mask, logprobs - old_logprobs.detach(), 0.0) => logprobs - old_logprobs.detach()
+torch.where(mask, logprobs - old_logprobs.detach(), 0.0) => (logprobs - old_logprobs.detach()) * mask
+torch.where(mask, logprobs - old_logprobs.detach() => torch.where(mask, old_logprobs.detach() - logprobs
+old_logprobs.detach(), 0.0) => old_logprobs.detach(), 0.0).clamp(-20, 20) => old_logprobs.detach(), 0.0).detach()
 math.log1p(-clip_low), math.log1p(clip_high) => math.log1p(-clip_high), math.log1p(clip_low)
 math.log1p(-clip_low) => -math.log1p(clip_low) => math.log1p(clip_low)
-math.log1p(clip_high) => -math.log1p(-clip_high)
+math.log1p(-clip_low), math.log1p(clip_high) => math.log1p(-clip_low), -math.log1p(-clip_high)
 math.log1p(-clip_low), math.log1p(clip_high) => -clip_low, clip_high
 math.inf if dual_clip is None else math.log(dual_clip) => math.inf
 else math.log(dual_clip) => else dual_clip
@@ -150,7 +151,7 @@ log_ratio.clamp(min=log_low, max=log_dual) => log_ratio.clamp(min=log_low) => lo
 log_ratio.clamp(min=log_low, max=log_dual) => log_ratio.clamp(min=log_low, max=log_high)
 log_ratio.clamp(max=log_high) => log_ratio.clamp(min=log_low, max=log_high) => log_ratio => log_ratio.clamp(max=min(log_high, log_low))
 -advantages * bounded.exp() => advantages * bounded.exp() => -advantages * bounded => -bounded.exp()
--advantages * bounded.exp() => -advantages * bounded.exp().detach() * logprobs
+-advantages * bounded.exp() => -advantages * bounded.exp().detach() * log_ratio
 (log_ratio > log_high) => (log_ratio < log_high) => (log_ratio > log_low)
 (log_ratio < log_low) => (log_ratio < log_high)
 ((advantages > 0) & (log_ratio > log_high)) => (log_ratio > log_high)
@@ -162,7 +163,7 @@ mask, "k3") => mask, "k1") => mask, "k2")
 approx_kl.sum(), count => approx_kl.mean(), count
 count = mask.sum() => count = torch.tensor(mask.numel())
 is_clipped.sum() => is_clipped.float().mean()
-with torch.no_grad(): => if True:
+@torch.no_grad() => #
 clip_low: float = 0.2 => clip_low: float = 0.3
 clip_high: float = 0.2 => clip_high: float = 0.28
 dual_clip: float | None = None => dual_clip: float | None = 3.0
@@ -170,6 +171,194 @@ if not 0 <= clip_low < 1: => if not 0 <= clip_low <= 1:
 if not clip_high >= 0: => if clip_high < 0:
 not dual_clip > 1: => not dual_clip >= 1:
 not in (torch.float32, torch.float64) => in ()
+masked_mean(log_ratio.detach(), mask, dim=1).unsqueeze(1) => log_ratio.detach().mean(dim=1).unsqueeze(1)
+masked_mean(log_ratio.detach(), mask, dim=1).unsqueeze(1) => masked_mean(log_ratio.detach(), mask)
+masked_mean(log_ratio.detach(), mask, dim=1).unsqueeze(1) => log_ratio.detach().sum(dim=1).unsqueeze(1)
+masked_mean(log_ratio.detach() => masked_mean(log_ratio
+mean + (log_ratio - log_ratio.detach()) => mean => mean + log_ratio => mean - (log_ratio - log_ratio.detach())
+_surrogate(sequence, advantages, clip_low, clip_high, None) => _surrogate(log_ratio, advantages, clip_low, clip_high, None)
+_check_bounds(clip_low, clip_high, None) => _check_bounds(0.0, 0.0, None)
+clip_low: float = 3e-4 => clip_low: float = 4e-4
+clip_high: float = 4e-4 => clip_high: float = 3e-4
+weight = log_ratio.detach() => weight = log_ratio => weight = -log_ratio.detach()
+clamp(max=log_bound).exp() => exp() => exp().clamp(max=log_bound) => clamp(min=-log_bound, max=log_bound).exp()
+log_bound = math.log1p(clip_high) => log_bound = math.log(clip_high) => log_bound = clip_high
+-weight * advantages * torch.where(mask, logprobs, 0.0) => weight * advantages * torch.where(mask, logprobs, 0.0)
+-weight * advantages * torch.where(mask, logprobs, 0.0) => -weight * torch.where(mask, logprobs, 0.0)
+-weight * advantages * torch.where(mask, logprobs, 0.0) => -weight * advantages
+* torch.where(mask, logprobs, 0.0) => * logprobs => * log_ratio
+is_clipped = log_ratio > log_bound => is_clipped = log_ratio < log_bound
+is_clipped = log_ratio > log_bound => is_clipped = (log_ratio > log_bound) & (advantages > 0)
+clip_high: float = 4.0 => clip_high: float = 5.0
+_check_bounds(0.0, clip_high, None) => _check_bounds(0.0, 0.0, None)
+"""
+
+INTERVALS = """
+tail = (1 - level) / 2 => tail = 1 - level => tail = (1 - level) / 4
+high = 1 - _binomial_bound(num_trials - num_successes, => high = 1 - _binomial_bound(num_trials - num_successes + 1, => high = _binomial_bound(num_trials - num_successes,
+low = _binomial_bound(num_successes, => low = 1 - _binomial_bound(num_successes,
+torch.arange(least, num_trials + 1, => torch.arange(least, num_trials, => torch.arange(least + 1, num_trials + 1,
+num_trials + 1, dtype=torch.float64 => num_trials + 1, dtype=torch.float32
+math.lgamma(num_trials + 1) - => math.lgamma(num_trials) -
+torch.lgamma(k + 1) => torch.lgamma(k)
+torch.lgamma(num_trials - k + 1) => torch.lgamma(num_trials - k + 2)
+k * math.log(p) => (k - 1) * math.log(p)
+(num_trials - k) * math.log1p(-p) => (num_trials - k) * math.log(p)
+terms.exp().sum()) < tail => terms.exp().sum()) > tail
+_NUM_HALVINGS = 60 => _NUM_HALVINGS = 12
+if not 0 <= num_successes <= num_trials => if num_successes > num_trials => if num_successes < 0
+if not 0 < level < 1 => if not 0 <= level < 1 => if not 0 < level <= 1 => if not 0 < level
+num_groups < 3 or => num_groups < 2 or
+num_groups < 3 or not bool(torch.cat([left_out, estimate[None]]) => num_groups < 3 or not bool(torch.cat([left_out])
+torch.cat([left_out, estimate[None]]) => torch.cat([estimate[None]])
+(left_out - left_out.mean()).square() => left_out.square() => (left_out - left_out.mean()).abs()
+* (num_groups - 1) / num_groups => / num_groups => * num_groups / (num_groups - 1)
+student_quantile((1 + level) / 2, num_groups - 1) => student_quantile(level, num_groups - 1)
+2, num_groups - 1) => 2, num_groups)
+* math.sqrt(spread) => * spread
+float(estimate) - half_width => float(left_out.mean()) - half_width => float(estimate) + half_width
+(z**3 + z) / (4 * n) => (z**3 - z) / (4 * n) => (z**3 + z) / (2 * n)
+(5 * z**5 + 16 * z**3 + 3 * z) => (5 * z**5 + 16 * z**3 - 30 * z) => (z**5 + 16 * z**3 + 3 * z)
+19 * z**5 + 17 * z**3 - 15 * z) => 17 * z**3 - 15 * z)
+"""
+
+SEPARABILITY = """
+rows = _scored_rows(rewards, group_ids, at_least=1) => rows = _scored_rows(rewards, group_ids, at_least=2)
+count >= at_least => count > at_least
+~rewards.isnan() & ( => (
+ids[group_statistics(rewards[rows], ids).is_equal].unique() => ids[group_statistics(rewards[rows], ids).is_equal]
+num_groups = len(ids.unique()) => num_groups = len(group_ids.unique()) => num_groups = len(ids)
+share=num_dead / num_groups if num_groups => share=num_groups / num_dead if num_dead
+interval=binomial_interval(num_dead, num_groups, level=level) => interval=binomial_interval(num_dead, num_groups) => interval=binomial_interval(num_groups - num_dead, num_groups, level=level)
+r = r - r.min() if len(r) else r => r = r
+from_own_mean = r - group_statistics(r, ids).mean => from_own_mean = r - r.mean() => from_own_mean = r
+ids, from_own_mean.square(), r => ids, from_own_mean.abs(), r => ids, from_own_mean.square(), r.abs().sqrt()
+total.square() / size, total, size => total.square(), total, size => total.square() / size, size, size
+size, size.square(), torch.ones_like => size, size, torch.ones_like
+_variance_components(sums.sum(0) - sums) => _variance_components(sums)
+torch.log1p(group_size * between / within) => torch.log(group_size * between / within) => torch.log1p(between / within)
+torch.log1p(group_size * left_between / left_within) => torch.log1p(left_between / left_within) => torch.log1p(group_size * left_between / within)
+.expm1().clamp(min=0) / group_size => .expm1().clamp(min=0) => .exp().clamp(min=0) / group_size => .expm1() / group_size
+1 - 1 / (1 + ends) => 1 / (1 + ends) => ends
+clamped = between.clamp(min=0) => clamped = between => clamped = between.abs()
+clamped / (clamped + within) => clamped / within => within / (clamped + within) => between / (between + within)
+if math.isfinite(low) else Interval(0.0, 1.0) => if low == 0 else Interval(0.0, 1.0)
+num_groups=len(sums) => num_groups=len(r)
+num_rows - num_groups) => num_rows - 1) => num_rows)
+(ss_means - totals.square() / num_rows) / (num_groups - 1) => (ss_means - totals.square() / num_rows) / num_groups => ss_means / (num_groups - 1) => (ss_means + totals.square() / num_rows) / (num_groups - 1)
+(num_rows - squared_sizes / num_rows) / (num_groups - 1) => num_rows / num_groups => (num_rows - squared_sizes / num_rows) / num_groups
+(mean_square - within) / group_size => mean_square / group_size => (mean_square - within)
+group.count / (group.count - 1) => (group.count - 1) / group.count => (group.count - 1)
+(r - group.mean) * group => (r - r.mean()) * group
+siblings = float(sibling_residual.square().mean()) => siblings = float(sibling_residual.square().sum()) => siblings = float(sibling_residual.abs().mean())
+if not bool(values.isfinite().all()): => if bool(values.isnan().all()): => if not bool(prompt_values.isfinite().all()):
+values = prompt_values[rows].double() => values = prompt_values[rows].double() * 0 => values = prompt_values[rows].float().double()
+critic_residual = r - values => critic_residual = r + values => critic_residual = values - group.mean
+critic_residual.square().mean() => critic_residual.square().sum()
+ids, critic_residual.square(), sibling_residual.square() => ids, sibling_residual.square(), critic_residual.square()
+total, left_out = sums.sum(0), sums.sum(0) - sums => total, left_out = sums.sum(0), sums
+(left_out[:, 0] / left_out[:, 1]).log() => (left_out[:, 0] / left_out[:, 1]) => (left_out[:, 0] / total[1]).log()
+torch.float64).exp() => torch.float64).expm1()
+ratio=float(total[0] / total[1]) => ratio=float(total[1] / total[0])
+variance = (r - r.mean()).square().mean() => variance = r.square().mean() => variance = (r - r.mean()).square().sum() / (len(r) - 1)
+explained_var=float(1 - critic / variance) => explained_var=float(critic / variance) => explained_var=float(1 - variance / critic)
+return within / (group_size - 1) => return within / group_size => return within * group_size / (group_size - 1)
+1 - (1 - icc) * largest_gain => 1 - icc * largest_gain => (1 - icc) * largest_gain
+return group_size / (group_size - 1) => return (group_size - 1) / group_size => return group_size
+if not group_size > 1: => if group_size < 1: => if not group_size >= 1:
+"""
+
+GAE = """
+mask.flip(1).cumsum(dim=1).flip(1) == 1 => mask.cumsum(dim=1) == 1 => mask.flip(1).cumsum(dim=1).flip(1) >= 1
+is_last = mask & ( => is_last = (
+torch.where(is_last, rewards.unsqueeze(1), 0.0) => is_last * rewards.unsqueeze(1) => torch.where(mask, rewards.unsqueeze(1), 0.0)
+mask.any(dim=1) & ~rewards.isfinite() => ~rewards.isfinite() => mask.any(dim=1) & rewards.isnan()
+scores - beta * kl_estimate => scores + beta * kl_estimate => scores - kl_estimate => scores + 0 * beta * kl_estimate
+kl_estimate(old_logprobs, ref_logprobs => kl_estimate(ref_logprobs, old_logprobs
+mask, "k1") => mask, "k3") => mask, "k2") => torch.ones_like(mask), "k1")
+"k1").to(scores.dtype) => "k1").to(torch.float64)
+if not beta >= 0: => if beta < 0:
+if old_logprobs is None or ref_logprobs is None: => if old_logprobs is None and ref_logprobs is None:
+if mask.ndim != 2 or rewards.shape != mask.shape[:1]: => if mask.ndim != 2 or rewards.shape[0] != mask.shape[0]:
+if not 0 <= gamma <= 1: => if gamma < 0: => if not 0 < gamma <= 1: => if gamma > 1:
+(rate >= 0) & (rate <= 1) => rate <= 1 => rate >= 0 => (rate >= 0) & (rate < 1) => (rate > 0) & (rate <= 1)
+if rate.ndim and rate.shape != (num_rows,): => if False:
+dtype=delta.dtype => dtype=torch.float32
+final_values = values.new_zeros(num_rows) => final_values = values[:, -1] => final_values = values.new_ones(num_rows)
+if final_values.shape != (num_rows,): => if False:
+token_rewards + gamma * next_values - values => token_rewards + next_values - values => token_rewards + gamma * (next_values - values)
+token_rewards + gamma * next_values - values => token_rewards - gamma * next_values - values => token_rewards + gamma * next_values + values
+token_rewards + gamma * next_values - values => gamma * next_values - values => token_rewards - values
+torch.where(mask, token_rewards + gamma * next_values - values, 0.0) => token_rewards + gamma * next_values - values
+torch.where(mask, token_rewards + gamma * next_values - values, 0.0) => mask * (token_rewards + gamma * next_values - values)
+torch.where(mask, gamma * rate.expand(num_rows).unsqueeze(1), 1.0) => (gamma * rate.expand(num_rows).unsqueeze(1)).expand(mask.shape)
+gamma * rate.expand => rate.expand => gamma + 0 * rate.expand
+.unsqueeze(1), 1.0) => .unsqueeze(1), 0.0)
+delta[:, t] + decay[:, t] * following => delta[:, t] - decay[:, t] * following => delta[:, t] => delta[:, t] + following
+in reversed(range(mask.shape[1])) => in range(mask.shape[1])
+following = delta.new_zeros(num_rows) => following = delta.new_ones(num_rows)
+return torch.where(mask, advantages, 0.0) => return advantages => return torch.where(mask, advantages + values, 0.0)
+1 - 1 / (alpha * lengths) => 1 + 1 / (alpha * lengths) => 1 - alpha / lengths => 1 / (alpha * lengths)
+.clamp(min=0, max=1) => .clamp(max=1) => .clamp(min=0.05, max=1)
+lengths = mask.sum(dim=1).to(torch.float64) => lengths = mask.sum(dim=1) => lengths = mask.sum(dim=0).to(torch.float64)
+lengths = mask.sum(dim=1).to(torch.float64) => lengths = torch.full((len(mask),), mask.shape[1]).double()
+if not alpha > 0: => if alpha <= 0: => if not alpha >= 0:
+torch.where(mask, columns, num_columns) => columns.expand(mask.shape)
+here.flip(1).cummin(dim=1) => here.cummin(dim=1) => here.flip(1).cummax(dim=1)
+torch.cat([from_here, none], dim=1)[:, 1:] => torch.cat([from_here, none], dim=1)[:, :-1] => torch.cat([none, from_here], dim=1)[:, 1:]
+"""
+
+WHITENING = """
+wide = torch.where(mask, x, 0.0).to(torch.float64) => wide = x.to(torch.float64) => wide = (x * mask).to(torch.float64)
+wide = torch.where(mask, x, 0.0).to(torch.float64) => wide = torch.where(mask, x, 0.0)
+count, total = sum_over_ranks(torch.stack([mask.sum().to(torch.float64), wide.sum()])) => count, total = mask.sum().to(torch.float64), wide.sum()
+mask.sum().to(torch.float64) => torch.tensor(mask.numel()).to(torch.float64)
+mean = total / count => mean = total * 0 => mean = total / (count - 1).clamp(min=1)
+centered = wide - mean => centered = wide => centered = mean - wide
+sum_over_ranks(masked_sum(centered.square(), mask)) => masked_sum(centered.square(), mask)
+masked_sum(centered.square(), mask) => centered.square().sum() => masked_sum(centered.abs(), mask) => masked_sum(wide.square(), mask)
+(count - 1).clamp(min=1) => count.clamp(min=1) => (count - 1)
+.clamp(min=1)).sqrt() => .clamp(min=1))
+centered / (std + eps) => centered / std => centered / std + eps => centered / (std * std + eps).sqrt() => centered * (std + eps) => centered
+scaled if shift_mean else scaled + mean => scaled => scaled + mean if shift_mean else scaled => scaled if shift_mean else scaled - mean
+shift_mean: bool = True => shift_mean: bool = False
+eps: float = 1e-8 => eps: float = 1e-4
+torch.where(mask, whitened, 0.0).to(x.dtype) => whitened.to(x.dtype) => torch.where(mask, whitened, 0.0)
+torch.where(mask, whitened, 0.0).to(x.dtype) => torch.where(mask, whitened, 0.0).float()
+if not eps > 0: => if eps <= 0: => if not eps >= 0:
+@torch.no_grad() => #
+"""
+
+VALUE_LOSS = """
+values = torch.where(mask, values, 0.0) => values = values => values = values * mask
+targets = torch.where(mask, returns.detach(), 0.0) => targets = returns.detach() => targets = torch.where(mask, returns, 0.0)
+old = torch.where(mask, old_values.detach(), 0.0) => old = old_values.detach() => old = torch.where(mask, old_values, 0.0)
+error = (values - targets).square() => error = (values - targets).abs() => error = (values - targets).square().detach()
+old + (values - old).clamp(-clip, clip) => old + (values - old).clamp(max=clip) => old + (values - old).clamp(min=-clip)
+old + (values - old).clamp(-clip, clip) => targets + (values - targets).clamp(-clip, clip) => (values - old).clamp(-clip, clip)
+(values - old).abs() > clip) & (clipped_error > error) => (values - old).abs() > clip)
+((values - old).abs() > clip) & (clipped_error > error) => ((values - old).abs() > clip) & (clipped_error < error)
+((values - old).abs() > clip) & (clipped_error > error) => ((values - old).abs() > clip) & (clipped_error >= 0)
+torch.where(is_clipped, clipped_error, error) => clipped_error => error => torch.where(is_clipped, error, clipped_error)
+per_token = error / 2 => per_token = error
+per_token.detach().sum() => per_token.sum() => per_token.detach().mean()
+is_clipped.sum() => is_clipped.float().mean()
+count = mask.sum().to(per_token.dtype) => count = torch.tensor(mask.numel())
+not in (torch.float32, torch.float64) => in ()
+clip is not None and not clip > 0 => clip is not None and clip <= 0 => clip is not None and not clip >= 0
+target = torch.where(mask, returns, 0.0).to(torch.float64) => target = returns.to(torch.float64)
+target - torch.where(mask, values, 0.0).to(torch.float64) => target - values.to(torch.float64) => target + torch.where(mask, values, 0.0).to(torch.float64)
+count = mask.sum().to(torch.float64) => count = torch.tensor(mask.numel()).to(torch.float64)
+num_tokens.clamp(min=1) => num_tokens.clamp(min=4)
+target - target_sum / num_tokens => target => target - target_sum
+residual - residual_sum / num_tokens => residual => residual - residual_sum
+torch.stack([target_squares, residual_squares]) => torch.stack([residual_squares, target_squares])
+target_spread <= EQUAL_RELATIVE_SPREAD**2 * float(size) => target_spread < EQUAL_RELATIVE_SPREAD**2 * float(size)
+target_spread <= EQUAL_RELATIVE_SPREAD**2 * float(size) => target_spread <= 0
+EQUAL_RELATIVE_SPREAD = 1e-6 => EQUAL_RELATIVE_SPREAD = 1e-5 => EQUAL_RELATIVE_SPREAD = 2e-7
+return 0.0 => return 1.0 => return float("nan")
+float(1 - residual_spread / target_spread) => float(residual_spread / target_spread) => float(1 - target_spread / residual_spread)
+float(1 - residual_spread / target_spread) => max(float(1 - residual_spread / target_spread), 0.0)
 """
 
 EDITS = {
@@ -178,6 +367,11 @@ EDITS = {
     "kl": KL,
     "advantages": ADVANTAGES,
     "losses": LOSSES,
+    "gae": GAE,
+    "whitening": WHITENING,
+    "value_loss": VALUE_LOSS,
+    "intervals": INTERVALS,
+    "separability": SEPARABILITY,
 }
 
 

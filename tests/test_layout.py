@@ -17,7 +17,10 @@ FOLDERS = {"callbacks": ROOT / "callbacks", "conf": ROOT / "conf", "tools": ROOT
 # Each layer imports from itself and from those before it. A name is a module or a folder.
 LAYERS = [
     {"types", "paths"},
-    {"masking", "logprobs", "kl", "advantages", "losses"},
+    {
+        *("masking", "logprobs", "kl", "advantages", "losses", "intervals", "separability"),
+        *("gae", "whitening", "value_loss"),
+    },
     {"algorithms"},
     {
         *(
@@ -32,12 +35,18 @@ LAYERS = [
         ),
         *("data", "replay", "scoring", "rollout", "snapshot", "reference", "nonfinite", "update"),
         *("run_state", "evaluation", "metrics", "module", "distributed", "hooks"),
-        *("optimization", "sharding", "startup"),
+        *("memory", "memory_activations", "memory_fit", "memory_model", "memory_run"),
+        *("memory_state", "memory_tracking"),
+        *("optimization", "sharding", "startup", "adapters", "critic", "forward", "lifecycle"),
+        *("saved_run", "stages", "evidence", "switching"),
     },
     {"callbacks"},
-    {"cli", "console", "run_files", "tools", "conf", "__main__"},
+    {"cli", "console", "run_files", "tool_commands", "tools", "conf", "__main__"},
 ]
-PURE = {"masking", "logprobs", "kl", "advantages", "losses"}
+PURE = {
+    *("masking", "logprobs", "kl", "advantages", "losses", "intervals", "separability"),
+    *("gae", "whitening", "value_loss"),
+}
 
 
 def source_files() -> list[tuple[str, Path]]:
