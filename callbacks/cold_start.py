@@ -121,7 +121,7 @@ class ColdStart(L.Callback):
         """Make the supervised steps; returns the loss of each in nats per token."""
         policy = module.policy
         policy.train()
-        parameters = [p for p in policy.parameters() if p.requires_grad]
+        parameters = list(policy.trainable().values())
         optimizer = torch.optim.AdamW(parameters, lr=self.learning_rate, weight_decay=0.0)
         generator = random.Random(global_seed() if self.seed is None else self.seed)
         module.phase.enter("cold start", self.num_steps)

@@ -15,7 +15,8 @@ class HealthWarnings(L.Callback):
     """Warn about runs that learn nothing, once each time the trouble begins.
 
     Args:
-        dead_iterations: warn after so many iterations in a row without any spread in any group.
+        dead_iterations: warn after so many iterations of GRPO in a row without any spread in any
+            group.
         truncated_frac: warn when more of the completions than this were cut off.
     """
 
@@ -34,7 +35,7 @@ class HealthWarnings(L.Callback):
             return
         logged = trainer.callback_metrics
         number = minibatch.iteration + 1
-        if "group/zero_std_frac" in logged:
+        if "group/zero_std_frac" in logged and module.uses_group_baseline:
             self._check_groups(number, float(logged["group/zero_std_frac"]))
         if "completion/truncated_frac" in logged:
             self._check_lengths(number, module, float(logged["completion/truncated_frac"]))

@@ -216,6 +216,7 @@ def metrics_line(trainer: L.Trainer) -> str:
     shown = [
         ("reward", "reward/mean", "{:.3f}"),
         ("kl", "ref/kl", "{:.4f}"),
+        ("explained", "value/explained_var", "{:.2f}"),
         ("val", "val/pass_at_1", "{:.3f}"),
         ("tok/s", "throughput/completion_tokens_per_s", "{:.0f}"),
     ]

@@ -11,15 +11,24 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from lightning_grpo.distributed import failing_together
 from lightning_grpo.hooks import call_hook
+from lightning_grpo.lifecycle import give_up_critic
 from lightning_grpo.loaders import Slot
 from lightning_grpo.masking import reduction_count
 from lightning_grpo.module import GRPOModule
 from lightning_grpo.replay import split_microbatches, split_minibatches
-from lightning_grpo.scoring import evaluating, rollout_logprobs
+from lightning_grpo.scoring import evaluating, score_rollout
+from lightning_grpo.stages import Stage
 from lightning_grpo.types import Minibatch, MinibatchOutput, Rollout, select_rows, to_device
+from lightning_grpo.value_loss import explained_variance
 
 # The sampler's log-probs may stand for the training forward's when they are this close, in nats.
 SAMPLER_TOLERANCE = 1e-5
+UPDATES: dict[Stage, str] = {
+    "grpo": "updating",
+    "handover": "updating, critic learns",
+    "warmup": "critic warms up",
+    "ppo": "updating (PPO)",
+}
 
 
 class InnerEpochReplay(L.Callback):
@@ -83,7 +92,7 @@ class InnerEpochReplay(L.Callback):
             self._update_start = time.perf_counter()
             module.phase.enter("scoring log-probs")
             self.fill_queue(trainer, module)
-        module.phase.enter("updating", self.slots_per_iteration)
+        module.phase.enter(UPDATES[module.stage], self.slots_per_iteration)
         module.phase.num_done = self.slots_per_iteration - len(module.queue)
         batch.minibatch = module.queue.popleft()
 
@@ -135,8 +144,9 @@ class InnerEpochReplay(L.Callback):
             for part, micros in zip(rows[: self.num_minibatches], microbatches, strict=False)
             for micro in micros
         ]
-        rollout = self._with_logprobs(trainer, module, rollout, first_epoch)
-        rollout = rollout.replace(advantages=module.algorithm.advantages(rollout))
+        rollout = self._with_reference(trainer, module, rollout, first_epoch)
+        rollout = self._with_scores(trainer, module, rollout, first_epoch)
+        rollout = prepare(module, rollout)
         module.rollout = rollout
         parts = [select_rows(rollout, part) for part in rows]
         window = trainer.accumulate_grad_batches
@@ -153,31 +163,102 @@ class InnerEpochReplay(L.Callback):
                 )
             )
 
-    def _with_logprobs(
+    def _with_reference(
         self,
         trainer: L.Trainer,
         module: GRPOModule,
         rollout: Rollout,
         microbatches: list[torch.Tensor],
     ) -> Rollout:
-        temperature = module.settings.sampling.temperature
+        if module.reference is None:
+            return rollout
         context = trainer.precision_plugin.forward_context
-        if module.reference is not None:
-            # The weights are exchanged outside of autocast, which keeps casts it has seen.
-            with evaluating(module.policy), module.reference.in_place(), context():
-                ref = rollout_logprobs(
-                    module.policy, rollout, microbatches, temperature=temperature
-                )
-            rollout = rollout.replace(ref_logprobs=ref)
-        if self.slots_per_iteration == trainer.accumulate_grad_batches:
-            return rollout  # one step per rollout: the policy of the loss is the one that acted
-        if module.old_logprobs == "sampler":
-            return rollout.replace(old_logprobs=rollout.sampler_logprobs)
-        with evaluating(module.policy), context():
-            old = rollout_logprobs(module.policy, rollout, microbatches, temperature=temperature)
-        if module.old_logprobs == "auto":
-            module.old_logprobs = resolve_old_logprobs(trainer, module, rollout, old)
-        return rollout.replace(old_logprobs=old)
+        # The weights are exchanged outside of autocast, which keeps casts it has seen.
+        with evaluating(module.policy), module.reference.in_place(), context():
+            scored = score_rollout(
+                module.policy,
+                rollout,
+                microbatches,
+                temperature=module.settings.sampling.temperature,
+            )
+        return rollout.replace(ref_logprobs=scored.logprobs)
+
+    def _with_scores(
+        self,
+        trainer: L.Trainer,
+        module: GRPOModule,
+        rollout: Rollout,
+        microbatches: list[torch.Tensor],
+    ) -> Rollout:
+        """Old log-probs, where the loss cannot take its own, and the values of the critic."""
+        is_one_step = self.slots_per_iteration == trainer.accumulate_grad_batches
+        needs_old = not is_one_step or (module.reference is not None and module.kl_in == "reward")
+        if needs_old and module.old_logprobs == "sampler":
+            rollout = rollout.replace(old_logprobs=rollout.sampler_logprobs)
+            needs_old = False
+        if not needs_old and module.critic is None:
+            return rollout
+        with evaluating(module.policy), trainer.precision_plugin.forward_context():
+            scored = score_rollout(
+                module.policy,
+                rollout,
+                microbatches,
+                temperature=module.settings.sampling.temperature,
+                critic=module.critic,  # type: ignore[arg-type]
+                with_logprobs=needs_old,
+            )
+        if scored.logprobs is not None:
+            if module.old_logprobs == "auto":
+                choice = resolve_old_logprobs(trainer, module, rollout, scored.logprobs)
+                module.old_logprobs = choice
+            rollout = rollout.replace(old_logprobs=scored.logprobs)
+        return rollout.replace(values=scored.values, final_values=scored.final_values)
+
+
+def prepare(module: GRPOModule, rollout: Rollout) -> Rollout:
+    """Turn rewards and values into advantages, and into what the critic learns to predict.
+
+    A critic that gives anything but finite values is freed, and GRPO goes on with the rollout.
+
+    Args:
+        module: whose algorithm acts.
+        rollout: scored.
+
+    Returns:
+        The rollout that the minibatches are cut from.
+    """
+    beta = module.reward_beta
+    if module.critic is not None:
+        problem = value_problem(module, rollout)
+        if problem:
+            give_up_critic(module, problem)
+            rollout = rollout.replace(values=None, final_values=None)
+    algorithm = module.acting_algorithm
+    rollout = algorithm.prepare(rollout, beta=beta, sum_over_ranks=module.sum_over_ranks)
+    if module.critic is None or rollout.values is None:
+        return rollout
+    if rollout.returns is None:
+        rollout = rollout.replace(returns=module.ppo.returns(rollout, beta=beta))
+    assert rollout.returns is not None and rollout.values is not None
+    explained = explained_variance(
+        rollout.values,
+        rollout.returns,
+        rollout.action_mask,
+        sum_over_ranks=module.sum_over_ranks,
+    )
+    module.log("value/explained_var", explained, batch_size=1)
+    return rollout
+
+
+def value_problem(module: GRPOModule, rollout: Rollout) -> str:
+    """What is wrong with the values of the critic on any rank; empty when nothing is."""
+    if module.critic_failure is not None:
+        return module.critic_failure
+    assert rollout.values is not None
+    # A value whose square overflows would make the loss infinite.
+    is_fine = torch.isfinite(rollout.values.square()) | ~rollout.completion_mask
+    num_bad = int(module.sum_over_ranks((~is_fine).sum()))
+    return f"{num_bad} of its values are not finite" if num_bad else ""
 
 
 def resolve_old_logprobs(
@@ -236,7 +317,7 @@ def window_denominators(module: GRPOModule, parts: list[Rollout], window: int) -
     num_max = module.settings.sampling.max_completion_tokens
     counts = torch.stack(
         [
-            reduction_count(part.action_mask, module.algorithm.reduction, num_max).double()
+            reduction_count(part.action_mask, module.acting_algorithm.reduction, num_max).double()
             for part in parts
         ]
     )

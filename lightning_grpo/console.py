@@ -64,6 +64,7 @@ def quiet_libraries() -> None:
         r"`is_gradient_checkpointing` is deprecated.*",
         r"Detected an existing checkpoint.*",
         r"Total length of `list` across ranks is zero.*",
+        r"FSDP2-wrapped module .* returned a view tensor.*",  # nothing here changes one in place
     ):
         warnings.filterwarnings("ignore", message=message)
 

@@ -9,6 +9,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from lightning_grpo.types import SumOverRanks
+
 
 class TrainingStopped(RuntimeError):
     """A run that cannot go on, with all that its user needs to know; the same on every rank."""
@@ -45,3 +47,23 @@ def failing_together(module: HasSum, what: str) -> Iterator[None]:
         raise error
     if float(num_failed) > 0:
         raise RuntimeError(f"another rank failed while {what}; its own output has the cause")
+
+
+def gather_rows(values: Tensor, rank: int, num_ranks: int, sum_over_ranks: SumOverRanks) -> Tensor:
+    """The values of all ranks, which may hold different numbers of them. Collective.
+
+    Args:
+        values: (b,) of this rank.
+        rank: this data-parallel rank.
+        num_ranks: data-parallel ranks.
+        sum_over_ranks: adds a tensor over the ranks.
+
+    Returns:
+        (B,) float64, those of rank 0 first; NaN stays NaN.
+    """
+    counts = torch.zeros(num_ranks, dtype=torch.float64)
+    counts[rank] = len(values)
+    ends = sum_over_ranks(counts).cpu().long().cumsum(0).tolist()
+    gathered = torch.zeros(ends[-1], dtype=torch.float64)
+    gathered[ends[rank] - len(values) : ends[rank]] = values.detach().double().cpu()
+    return sum_over_ranks(gathered).cpu()

@@ -4,51 +4,62 @@ One iteration, and who does each part:
 
     RolloutGeneration   N prompts -> N x G completions               rollout.py, generation/
     RewardScoring       completions -> rewards                       rewards/
-    InnerEpochReplay    old and reference log-probs, advantages,
-                        K epochs x M minibatches                     scoring.py, algorithms.py
+    AlgorithmSwitch     evidence -> GRPO or PPO, and its critic      separability.py, switching.py
+    InnerEpochReplay    old and reference log-probs, values,
+                        advantages, K epochs x M minibatches         scoring.py, algorithms/
     GRPOModule          minibatch -> loss -> optimizer step          losses.py, masking.py
     KLMonitor           adaptive beta, early stop, rollback          kl.py
 """
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
 import lightning as L
 import torch
 from lightning.pytorch.cli import OptimizerCallable
-from torch import Tensor
-from torch.distributed.tensor import DTensor
-from torch.nn.utils import get_total_norm
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torchmetrics import MetricCollection
 from transformers import PreTrainedTokenizerBase, TrainerState
 
-from lightning_grpo.algorithms import GRPO, Algorithm
-from lightning_grpo.distributed import failing_together
+from lightning_grpo.adapters import Lora
+from lightning_grpo.algorithms import GRPO, PPO, Algorithm
+from lightning_grpo.critic import CriticSettings, critic_parameters
+from lightning_grpo.distributed import failing_together, gather_rows
 from lightning_grpo.evaluation import Judge, update_metrics, validation_metrics
 from lightning_grpo.generation import Engine, SamplingKey, build_engine
+from lightning_grpo.lifecycle import call_before_loading, enter_stage
 from lightning_grpo.loaders import EvalBatch, Slot
 from lightning_grpo.metrics import MetricSums
 from lightning_grpo.nonfinite import NonfiniteGuard
-from lightning_grpo.optimization import LRSchedule, adamw, make_lr_scheduler
+from lightning_grpo.optimization import (
+    LRSchedule,
+    adamw,
+    clip_gradients,
+    gradient_norm,
+    make_lr_scheduler,
+    make_optimizer,
+)
 from lightning_grpo.paths import resolve_package_path
-from lightning_grpo.policy import Dtype, Lora, Policy, eos_token_ids, load_policy
+from lightning_grpo.policy import Dtype, Policy, eos_token_ids, load_policy
 from lightning_grpo.reference import Reference, frozen_reference_hash, settle_reference
 from lightning_grpo.rewards import Scorer
 from lightning_grpo.rollout import RolloutSettings, collect_rollout
 from lightning_grpo.run_state import Counters, Phase
+from lightning_grpo.saved_run import KEY, check_record, read_checkpoint, record_of, restore_record
 from lightning_grpo.scoring import score_completions
 from lightning_grpo.sharding import check_mesh, shard_policy
 from lightning_grpo.snapshot import WeightSnapshot
+from lightning_grpo.stages import Stage, is_ppo, moves_policy
 from lightning_grpo.startup import refuse_unsupported, warn_of_idle_kl, warn_of_lost_updates
 from lightning_grpo.tokenizing import load_tokenizer
 from lightning_grpo.types import Minibatch, PromptBatch, Rollout
-from lightning_grpo.update import microbatch_loss
+from lightning_grpo.update import Learners, microbatch_loss
 
 # Keys of validation draws never meet those of training.
 _VAL_SEED_OFFSET = 1_000_003
@@ -71,8 +82,12 @@ class GRPOModule(L.LightningModule):
         lora: train low-rank adapters instead of all weights; the reference is then free.
         activation_checkpointing: recompute activations in the backward pass, for memory.
         dropout: keep the model's dropout during the update.
-        algorithm: turns rewards into advantages and log-probs into a loss.
+        algorithm: of the GRPO family: turns rewards into advantages and log-probs into a loss.
+        ppo: the same with a critic, for the iterations that `switch` gives to PPO.
+        critic: the critic of PPO; null allows none.
         beta: weight of the KL to the reference; 0 loads no reference.
+        kl_in: add beta times the KL to the loss, or take it from the reward of each token (k1, of
+            the policy that sampled), for whichever algorithm runs.
         optimizer: made from the trainable parameters.
         lr_schedule: course of the learning rate over the optimizer steps of the run, after a
             linear warm-up; linear and cosine end at 0.
@@ -86,6 +101,23 @@ class GRPOModule(L.LightningModule):
         max_nonfinite_steps: stop after so many skipped steps in a row.
     """
 
+    stage: Stage = "grpo"
+    """Which algorithm moves the policy now, and what the critic does: see stages.py."""
+    critic_failure: str | None = None
+    """What is wrong with the critic, until it is freed for it."""
+    num_critic_failures: int = 0
+    """Critics that were freed because they gave no finite numbers."""
+    num_critic_warmup_iterations: int = 0
+    """Iterations at the start of the run in which the critic alone learns."""
+    is_step_skipped: bool = False
+    """Whether the last optimizer step did not happen."""
+    is_cold_started: bool = False
+    """Whether a supervised phase came before."""
+    initial_hash: str = ""
+    """Of the weights that the model's folder gave."""
+    print_above_bar: Callable[..., None] | None = None
+    """Set by a progress bar that others must not print into."""
+
     def __init__(
         self,
         name_or_path: str,
@@ -98,7 +130,10 @@ class GRPOModule(L.LightningModule):
         activation_checkpointing: bool = False,
         dropout: bool = False,
         algorithm: Algorithm | None = None,
+        ppo: PPO | None = None,
+        critic: CriticSettings | None = None,
         beta: float = 0.04,
+        kl_in: Literal["loss", "reward"] = "loss",
         optimizer: OptimizerCallable = adamw,
         lr_schedule: LRSchedule = "constant",
         num_warmup_steps: int = 0,
@@ -124,7 +159,10 @@ class GRPOModule(L.LightningModule):
             "dropout": dropout,
         }
         self.algorithm: Algorithm = algorithm or GRPO()
+        self.ppo = ppo or PPO()
+        self.critic_settings = critic
         self.beta = beta
+        self.kl_in = kl_in
         self.make_optimizer = optimizer
         self.lr_schedule = lr_schedule
         self.num_warmup_steps = num_warmup_steps
@@ -137,9 +175,9 @@ class GRPOModule(L.LightningModule):
             path, revision=None if tokenizer else revision
         )
         self.policy: Policy = None  # type: ignore[assignment]  # made in configure_model
+        self.critic: nn.Module | None = None
         self.reference: Reference | None = None
         self.old_policy: WeightSnapshot | None = None
-        self.initial_hash = ""
         self.reference_record: dict[str, str] = {}
 
         # Set by the callbacks before the run starts.
@@ -152,9 +190,6 @@ class GRPOModule(L.LightningModule):
         self.queue: deque[Minibatch] = deque()
         self.counters = Counters()
         self.phase = Phase()
-        self.print_above_bar: Callable[..., None] | None = None
-        self.is_step_skipped = False
-        self.is_cold_started = False
         self.minibatch_metrics: dict[str, float] = {}
         self.nonfinite_guard = NonfiniteGuard(max_nonfinite_steps)
         self._engine: Engine | None = None
@@ -164,6 +199,8 @@ class GRPOModule(L.LightningModule):
     def setup(self, stage: str) -> None:
         """Refuse what cannot work, and find out where the run writes (on rank 0, for all)."""
         refuse_unsupported(self.trainer, stage)
+        if stage == "fit":
+            call_before_loading(self.trainer.strategy, self._make_room_for)
         self.run_dir = Path(self.trainer.log_dir or self.trainer.default_root_dir)
 
     def configure_model(self) -> None:
@@ -188,16 +225,28 @@ class GRPOModule(L.LightningModule):
         if self.old_policy_form == "weights" and is_fitting:
             self.old_policy = WeightSnapshot(policy)
         self.policy = policy.train() if is_fitting else policy
+        if is_fitting:
+            enter_stage(self, self.stage)
+
+    def _make_room_for(self, path: Path) -> None:
+        """Build or free the critic as a checkpoint needs it, whose weights are loaded next."""
+        saved = read_checkpoint(path)[KEY]
+        check_record(self, saved)
+        enter_stage(self, saved["stage"])
 
     def configure_optimizers(self) -> Any:
-        """One optimizer over the trainable parameters, and its schedule per step."""
-        trainable = [p for p in self.policy.parameters() if p.requires_grad]
-        optimizer = self.make_optimizer([{"params": trainable, "name": "policy"}])
+        """One optimizer with a group for the policy and one for the critic, and its schedule."""
+        optimizer = make_optimizer(
+            self.make_optimizer,
+            list(self.policy.trainable().values()),
+            [] if self.critic is None else critic_parameters(self.critic, self.policy),
+            critic_lr=self.critic_settings.learning_rate if self.critic_settings else None,
+        )
         scheduler = make_lr_scheduler(
             optimizer,
             self.lr_schedule,
             num_warmup_steps=self.num_warmup_steps,
-            num_steps=self.trainer.estimated_stepping_batches,
+            num_steps=self.trainer.estimated_stepping_batches - self.num_critic_warmup_steps,
         )
         return {
             "optimizer": optimizer,
@@ -245,17 +294,24 @@ class GRPOModule(L.LightningModule):
             self.trainer.strategy.backward(loss, self.trainer.optimizers[0])
         loss = self._scaled_loss(minibatch, minibatch.microbatches[-1], sums)
         self.minibatch_metrics = sums.reduce(self.sum_over_ranks)
+        # Without the critic's: what it does wrong must not keep the policy from its step.
         self.nonfinite_guard.note_loss(self.minibatch_metrics.get("policy/loss", 0.0))
         self.log_dict(self.minibatch_metrics, batch_size=1)
         return loss * self.trainer.accumulate_grad_batches
 
     def _scaled_loss(self, minibatch: Minibatch, rows: Tensor, sums: MetricSums) -> Tensor:
-        result = microbatch_loss(
+        learners = Learners(
             self.policy,
-            self.algorithm,
+            self.acting_algorithm,
+            self.critic,  # type: ignore[arg-type]
+            self.ppo,
+            self.stage,
+        )
+        result = microbatch_loss(
+            learners,
             minibatch,
             rows,
-            beta=self.beta,
+            beta=self.loss_beta,
             temperature=self.settings.sampling.temperature,
             max_completion_tokens=self.settings.sampling.max_completion_tokens,
         )
@@ -265,16 +321,40 @@ class GRPOModule(L.LightningModule):
         return result.loss_sum * (self.num_ranks / minibatch.denominator)
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Log the gradient norm; drop the step, on all ranks, when something is not finite."""
-        norm = get_total_norm([p.grad for p in self.policy.parameters() if p.grad is not None])
-        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-        self.log("policy/grad_norm", norm, batch_size=1)
+        """Log the gradient norms; drop the step, on all ranks, when something is not finite."""
+        policy, critic = optimizer.param_groups
+        norm = gradient_norm(policy["params"])
+        numbers = {"policy/lr": policy["lr"]}
+        if moves_policy(self.stage):
+            numbers["policy/grad_norm"] = norm
+        if self.critic is not None:
+            critic_norm = gradient_norm(critic["params"])
+            numbers |= {"value/grad_norm": critic_norm, "value/lr": critic["lr"]}
+            if not math.isfinite(critic_norm):
+                self.critic_failure = f"its gradient has norm {critic_norm}"
+                for parameter in critic["params"]:
+                    parameter.grad = None
+        self.log_dict(numbers, batch_size=1)
         name = f"step_{self.trainer.global_step}_rank_{self.global_rank}.jsonl"
         path = self.run_dir / "nonfinite" / name
-        self.is_step_skipped = self.nonfinite_guard.must_skip(float(norm), path)
+        self.is_step_skipped = self.nonfinite_guard.must_skip(norm, path)
         if self.is_step_skipped:
             # None and not zero: AdamW moves weights on a zero gradient too.
             optimizer.zero_grad(set_to_none=True)
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: int | float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip the policy as the Trainer says and the critic as model.critic says."""
+        clip_gradients(
+            optimizer,
+            policy_clip=gradient_clip_val,
+            is_clipped_by_value=gradient_clip_algorithm == "value",
+            critic_max_norm=self.critic_settings.max_grad_norm if self.critic_settings else None,
+        )
 
     def optimizer_step(
         self,
@@ -296,8 +376,8 @@ class GRPOModule(L.LightningModule):
         """Do nothing: Lightning calls this after micro-batches have had their backward."""
 
     def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
-        """Step the schedule with every step that happened."""
-        if not self.is_step_skipped:
+        """Step the schedule with every step that the policy made."""
+        if not self.is_step_skipped and moves_policy(self.stage):
             super().lr_scheduler_step(scheduler, metric)
 
     # Completions
@@ -397,6 +477,37 @@ class GRPOModule(L.LightningModule):
         return self.scorer
 
     @property
+    def acting_algorithm(self) -> Algorithm:
+        """The algorithm whose advantages count now."""
+        return self.ppo if is_ppo(self.stage) else self.algorithm
+
+    @property
+    def uses_group_baseline(self) -> bool:
+        """Whether a group without spread teaches nothing now."""
+        return not is_ppo(self.stage)
+
+    @property
+    def loss_beta(self) -> float:
+        """Weight of the KL in the loss."""
+        return self.beta if self.kl_in == "loss" else 0.0
+
+    @property
+    def reward_beta(self) -> float:
+        """Weight of the KL in the reward."""
+        return self.beta if self.kl_in == "reward" else 0.0
+
+    @property
+    def num_critic_warmup_steps(self) -> int:
+        """Optimizer steps of the run in which the critic alone learns."""
+        slots = int(self.trainer.datamodule.slots_per_iteration)  # type: ignore[attr-defined]
+        return self.num_critic_warmup_iterations * slots // self.trainer.accumulate_grad_batches
+
+    @property
+    def critic_seed(self) -> int:
+        """Decides the random weights of a critic."""
+        return self.settings.seed
+
+    @property
     def num_ranks(self) -> int:
         """Data-parallel ranks."""
         mesh = self.device_mesh
@@ -410,36 +521,25 @@ class GRPOModule(L.LightningModule):
         """The largest of a tensor's values over all ranks, each by itself."""
         return self.trainer.strategy.reduce(tensor.to(self.device, copy=True), reduce_op="max")
 
+    def gather_rows(self, values: Tensor) -> Tensor:
+        """The rows (B,) of all ranks, in float64, those of rank 0 first."""
+        return gather_rows(values, self.global_rank, self.num_ranks, self.sum_over_ranks)
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add counters, beta and what is known of the reference."""
-        checkpoint["lightning_grpo"] = {
-            "counters": asdict(self.counters),
-            "beta": self.beta,
-            "is_lora": self.policy.is_lora,
-            "old_logprobs": self.old_logprobs,
-            "is_cold_started": self.is_cold_started,
-            "reference": dict(self.reference_record),
-        }
+        """Add counters, beta, stage and what is known of the reference."""
+        checkpoint[KEY] = record_of(self)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take back what `on_save_checkpoint` added."""
-        saved = checkpoint["lightning_grpo"]
-        if saved["is_lora"] != (self.load_options["lora"] is not None):
-            kind = "adapters" if saved["is_lora"] else "a whole model"
-            raise ValueError(
-                f"the checkpoint holds {kind}: resume with the model.lora that the run began with"
-            )
-        self.counters = Counters(**saved["counters"])
-        self.beta = saved["beta"]
-        if self.old_logprobs == "auto":  # what is set explicitly counts more than what was found
-            self.old_logprobs = saved["old_logprobs"]
-        self.is_cold_started = saved["is_cold_started"]
-        self.reference_record = saved["reference"]
+        """Take back what `on_save_checkpoint` added; to measure a policy, leave its critic out."""
+        restore_record(self, checkpoint[KEY])
+        if self.trainer.state.fn != "fit" and "state_dict" in checkpoint:
+            state = checkpoint["state_dict"]
+            checkpoint["state_dict"] = {k: v for k, v in state.items() if k[:7] != "critic."}
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """The policy's weights; under LoRA the adapter only."""
+        """The weights of policy and critic; of what is under LoRA the adapters only."""
         state: dict[str, Any] = super().state_dict(*args, **kwargs)
         if self.policy is None or not self.policy.is_lora:
             return state
-        trainable = {name for name, p in self.named_parameters() if p.requires_grad}
-        return {name: value for name, value in state.items() if name in trainable}
+        base = {f"policy.{name}" for name in self.policy.base_names()}
+        return {name: value for name, value in state.items() if name not in base}

@@ -5,11 +5,10 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -18,31 +17,15 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from lightning_grpo.adapters import Lora, adapter_in_use, lora_config, same_adapter
 from lightning_grpo.logprobs import token_entropy, token_logprobs
 from lightning_grpo.masking import position_ids
 from lightning_grpo.paths import resolve_package_path
 
 Dtype = Literal["float32", "bfloat16", "auto"]
+# none: zeros; detached: for the metric alone; gradient: for an entropy bonus in the loss.
+Entropy = Literal["none", "detached", "gradient"]
 Result = TypeVar("Result")
-
-
-@dataclass(frozen=True)
-class Lora:
-    """Low-rank adapters in place of full fine-tuning; the frozen base serves as the reference.
-
-    W' = W + (alpha / rank) * B A
-
-    Source: LoRA (arXiv:2106.09685), eq. 3.
-
-    Args:
-        rank: columns of A and B, >= 1.
-        alpha: scale of the update before it is divided by the rank.
-        target_modules: names of the linear layers that get an adapter, or "all-linear".
-    """
-
-    rank: int = 16
-    alpha: float = 32.0
-    target_modules: str | list[str] = "all-linear"
 
 
 class PolicyOutput(NamedTuple):
@@ -51,7 +34,9 @@ class PolicyOutput(NamedTuple):
     logprobs: Tensor
     """(B, C) at least float32."""
     entropy: Tensor
-    """(B, C) entropy of the distribution each token was drawn from, detached."""
+    """(B, C) entropy of the distribution each token was drawn from."""
+    hidden: Tensor | None = None
+    """(B, C + 1, H) last hidden states: those that predict each token, and that of the last."""
 
 
 class Policy(nn.Module):
@@ -70,7 +55,10 @@ class Policy(nn.Module):
         super().__init__()
         self.model = model
         self.num_tokens = num_tokens
+        self.is_checkpointing_activations = False
         self._accepts = frozenset(inspect.signature(self.causal_lm.forward).parameters)
+        # By name: sharding exchanges the parameters, and a critic may add an adapter or freeze us.
+        self.trainable_names = frozenset(n for n, p in self.named_parameters() if p.requires_grad)
 
     @property
     def causal_lm(self) -> PreTrainedModel:
@@ -90,10 +78,37 @@ class Policy(nn.Module):
         return next(self.parameters()).device
 
     @property
+    def trunk(self) -> nn.Module:
+        """The transformers model without its output layer."""
+        model = self.causal_lm
+        return getattr(model, model.base_model_prefix)  # type: ignore[no-any-return]
+
+    @property
     def rounds_small_updates(self) -> bool:
         """Whether weights that are trained have fewer bits than float32."""
-        trained = [p.dtype for p in self.parameters() if p.requires_grad]
+        trained = [p.dtype for p in self.trainable().values()]
         return any(torch.finfo(dtype).bits < 32 for dtype in trained)
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """Name -> parameter of what reinforcement learning moves, whether it is frozen now or not.
+
+        All parameters, or under LoRA those of the policy's own adapter.
+        """
+        named = self.named_parameters()
+        return {name: p for name, p in named if name in self.trainable_names}
+
+    def base_names(self) -> list[str]:
+        """Names of the parameters and buffers that belong to no adapter."""
+        return [name for name in self.state_dict() if ".lora_" not in name]
+
+    def freeze(self, is_frozen: bool) -> None:
+        """Keep the policy where it is, for as long as only its critic learns.
+
+        Args:
+            is_frozen: whether its parameters take no gradients.
+        """
+        for parameter in self.trainable().values():
+            parameter.requires_grad_(not is_frozen)
 
     def forward(
         self,
@@ -102,7 +117,8 @@ class Policy(nn.Module):
         completion_ids: Tensor,
         completion_mask: Tensor,
         temperature: float = 1.0,
-        with_entropy: bool = False,
+        entropy: Entropy = "none",
+        with_hidden: bool = False,
     ) -> PolicyOutput:
         """Log-probs and entropies of completion tokens given their prompts.
 
@@ -114,13 +130,65 @@ class Policy(nn.Module):
             completion_ids: (B, C) right-padded.
             completion_mask: (B, C) bool, True = real token.
             temperature: the sampling temperature, > 0.
-            with_entropy: whether to compute the entropy, which costs as much as the log-probs.
+            entropy: whether to compute the entropy, which costs as much as the log-probs, and
+                whether with gradients.
+            with_hidden: return the last hidden states too.
 
         Returns:
-            Log-probs and entropies, (B, C) each; those off the mask mean nothing. Without
-            `with_entropy` the entropies are 0.
+            Log-probs and entropies, (B, C) each; those off the mask mean nothing.
         """
         num_logits = completion_ids.shape[1] + 1
+        inputs = self.inputs(prompt_ids, prompt_mask, completion_ids, completion_mask)
+        if "logits_to_keep" in self._accepts:
+            inputs["logits_to_keep"] = num_logits
+        with _input_of(self.causal_lm.get_output_embeddings(), with_hidden) as seen:
+            logits = self.model(**inputs).logits
+        # The last position predicts a token past the completion.
+        logits = logits[:, -num_logits:-1, : self.num_tokens]
+        logprobs = token_logprobs(logits, completion_ids, temperature=temperature)
+        entropies = torch.zeros_like(logprobs)
+        if entropy == "gradient":
+            entropies = token_entropy(logits, temperature=temperature)
+        elif entropy == "detached":
+            with torch.no_grad():  # row by row: its temporaries are as wide as the vocabulary
+                for row, row_logits in enumerate(logits.detach()):
+                    entropies[row] = token_entropy(row_logits[None], temperature=temperature)[0]
+        hidden = seen[0][:, -num_logits:] if with_hidden else None
+        return PolicyOutput(logprobs, entropies, hidden)
+
+    def hidden_states(
+        self,
+        prompt_ids: Tensor,
+        prompt_mask: Tensor,
+        completion_ids: Tensor,
+        completion_mask: Tensor,
+        adapter: str | None = None,
+    ) -> Tensor:
+        """Last hidden states of completions, without the output layer.
+
+        Args:
+            prompt_ids: (B, P) left-padded.
+            prompt_mask: (B, P) bool, True = real token.
+            completion_ids: (B, C) right-padded.
+            completion_mask: (B, C) bool, True = real token.
+            adapter: a LoRA adapter in place of the policy's own.
+
+        Returns:
+            (B, C + 1, H): those that predict each token, and that of the last token.
+        """
+        inputs = self.inputs(prompt_ids, prompt_mask, completion_ids, completion_mask)
+        with self.adapter(adapter) if adapter else contextlib.nullcontext():
+            hidden: Tensor = self.trunk(**inputs).last_hidden_state
+        return hidden[:, -completion_ids.shape[1] - 1 :]
+
+    def inputs(
+        self,
+        prompt_ids: Tensor,
+        prompt_mask: Tensor,
+        completion_ids: Tensor,
+        completion_mask: Tensor,
+    ) -> dict[str, Any]:
+        """What a transformers model is called with for prompts and their completions."""
         attention_mask = torch.cat([prompt_mask, completion_mask], dim=1)
         inputs: dict[str, Any] = {
             "input_ids": torch.cat([prompt_ids, completion_ids], dim=1),
@@ -129,17 +197,7 @@ class Policy(nn.Module):
         }
         if "position_ids" in self._accepts:
             inputs["position_ids"] = position_ids(attention_mask)
-        if "logits_to_keep" in self._accepts:
-            inputs["logits_to_keep"] = num_logits
-        # The last position predicts a token past the completion.
-        logits = self.model(**inputs).logits[:, -num_logits:-1, : self.num_tokens]
-        logprobs = token_logprobs(logits, completion_ids, temperature=temperature)
-        entropy = torch.zeros_like(logprobs)
-        if with_entropy:
-            with torch.no_grad():  # row by row: its temporaries are as wide as the vocabulary
-                for row, row_logits in enumerate(logits.detach()):
-                    entropy[row] = token_entropy(row_logits[None], temperature=temperature)[0]
-        return PolicyOutput(logprobs, entropy)
+        return inputs
 
     def call_unsharded(self, function: Callable[[PreTrainedModel], Result]) -> Result:
         """Call `function` on the transformers model with every parameter whole on this rank.
@@ -168,13 +226,22 @@ class Policy(nn.Module):
                 shard.set_reshard_after_forward(True, recurse=False)
                 shard.reshard()
 
-    @contextlib.contextmanager
-    def adapter_off(self) -> Iterator[None]:
-        """The base model of a LoRA policy, which is its frozen reference."""
-        if not isinstance(self.model, PeftModel):
-            raise ValueError("only a LoRA policy has an adapter to switch off")
-        with self.model.disable_adapter():
-            yield
+    def adapter(self, name: str | None) -> contextlib.AbstractContextManager[None]:
+        """A LoRA policy with another of its adapters, or (None) with the base model alone."""
+        return adapter_in_use(self.model, name)
+
+    def checkpoint_activations(self) -> None:
+        """Recompute activations in the backward pass, with the adapter of the forward."""
+        model = self.causal_lm
+        # Renamed in transformers 5; the old name goes in 6.
+        enable = getattr(model, "activation_checkpointing_enable", None)
+        enable = enable or model.gradient_checkpointing_enable
+
+        def contexts() -> tuple[Any, Any]:
+            return contextlib.nullcontext(), same_adapter(self.model)
+
+        enable({"use_reentrant": False, "context_fn": contexts})
+        self.is_checkpointing_activations = True
 
     @property
     def max_positions(self) -> int | None:
@@ -238,17 +305,21 @@ def load_policy(
             f"has {num_tokens}: use the tokenizer that belongs to the model"
         )
     if not dropout:
-        _zero_dropout(model)
-    if activation_checkpointing:
-        # Renamed in transformers 5; the old name goes in 6.
-        enable = getattr(model, "activation_checkpointing_enable", None)
-        (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
+        zero_dropout(model)
     if lora is not None:
-        model = _add_adapter(model, lora)
-    return Policy(model, num_tokens)
+        model = get_peft_model(model, lora_config(lora))  # type: ignore[assignment]
+    policy = Policy(model, num_tokens)
+    if activation_checkpointing:
+        policy.checkpoint_activations()
+    return policy
 
 
-def _zero_dropout(model: nn.Module) -> None:
+def zero_dropout(model: nn.Module) -> None:
+    """Switch off every dropout of a model for good.
+
+    Args:
+        model: changed in place; its configuration is not.
+    """
     # In the modules and not in the configuration, which is what an export writes.
     for module in model.modules():
         if isinstance(module, nn.Dropout):
@@ -258,15 +329,18 @@ def _zero_dropout(model: nn.Module) -> None:
                 setattr(module, name, 0.0)
 
 
-def _add_adapter(model: PreTrainedModel, lora: Lora) -> PeftModel:
-    config = LoraConfig(
-        r=lora.rank,
-        lora_alpha=lora.alpha,  # type: ignore[arg-type]  # peft divides it, a float is fine
-        lora_dropout=0.0,
-        target_modules=lora.target_modules,
-        task_type="CAUSAL_LM",
-    )
-    return get_peft_model(model, config)  # type: ignore[return-value]
+@contextlib.contextmanager
+def _input_of(layer: nn.Module, is_wanted: bool) -> Iterator[list[Tensor]]:
+    """What a layer gets as its input; a list that the layer's forward fills."""
+    seen: list[Tensor] = []
+    if not is_wanted:
+        yield seen
+        return
+    handle = layer.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    try:
+        yield seen
+    finally:
+        handle.remove()
 
 
 def eos_token_ids(policy: Policy, tokenizer: PreTrainedTokenizerBase) -> list[int]:

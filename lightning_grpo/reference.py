@@ -38,7 +38,7 @@ class Reference:
     @contextlib.contextmanager
     def in_place(self) -> Iterator[None]:
         """The policy with the reference's weights. Enter it outside of autocast."""
-        with self.policy.adapter_off() if self.snapshot is None else self.snapshot.in_place():
+        with self.policy.adapter(None) if self.snapshot is None else self.snapshot.in_place():
             yield
 
     def retake(self) -> None:
@@ -74,10 +74,9 @@ def trainable_state(policy: Policy) -> dict[str, Tensor]:
     Returns:
         Name -> full tensor.
     """
-    trainable = {name for name, p in policy.named_parameters() if p.requires_grad}
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     state: dict[str, Any] = get_model_state_dict(policy, options=options)
-    return {name: tensor for name, tensor in state.items() if name in trainable}
+    return {name: tensor for name, tensor in state.items() if name in policy.trainable_names}
 
 
 def save_reference(
@@ -212,6 +211,6 @@ def settle_reference(
 
 def frozen_reference_hash(policy: Policy) -> str:
     """Hash of the weights that the reference will have: the base under LoRA, else all."""
-    return weights_hash(
-        {n: p for n, p in policy.named_parameters() if p.requires_grad != policy.is_lora}
-    )
+    trainable = policy.trainable_names
+    named = policy.named_parameters()
+    return weights_hash({n: p for n, p in named if (n in trainable) != policy.is_lora})

@@ -109,6 +109,8 @@ def trim_padding(rollout: Rollout) -> Rollout:
         "advantages",
         "old_logprobs",
         "ref_logprobs",
+        "values",
+        "returns",
     ):
         value = getattr(rollout, name)
         if value is not None:

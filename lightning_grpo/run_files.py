@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
+
+from lightning_grpo.saved_run import read_checkpoint
 
 
 @dataclass
@@ -83,9 +84,7 @@ def run_dir_of(checkpoint: Path) -> Path | None:
 
 def saved_step(checkpoint: Path) -> int:
     """Optimizer steps, skipped ones included, that a checkpoint has behind it."""
-    file = checkpoint / "meta.pt" if checkpoint.is_dir() else checkpoint
-    content: dict[str, Any] = torch.load(file, map_location="meta", weights_only=True, mmap=True)
-    return int(content["global_step"])
+    return int(read_checkpoint(checkpoint)["global_step"])
 
 
 def choose_run_dir(run: Run, resume_from: Path | None) -> Path:

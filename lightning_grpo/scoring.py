@@ -1,18 +1,20 @@
-"""Scoring a rollout: rewards, and log-probs under the policy that acted and the reference."""
+"""Scoring a rollout: rewards, log-probs of the policy that acted and of the reference, values."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from transformers import TrainerState
 
+from lightning_grpo.critic import Critic
+from lightning_grpo.forward import forward_rows, microbatch
 from lightning_grpo.policy import Policy
-from lightning_grpo.replay import trim_padding
 from lightning_grpo.rewards import Scorer, Scores
-from lightning_grpo.types import Rollout, select_rows
+from lightning_grpo.types import Rollout
 
 
 @contextlib.contextmanager
@@ -73,13 +75,30 @@ def with_scores(rollout: Rollout, scores: Scores) -> Rollout:
     )
 
 
-@torch.no_grad()
-def rollout_logprobs(
-    policy: Policy, rollout: Rollout, microbatches: Sequence[Tensor], *, temperature: float
-) -> Tensor:
-    """Log-probs of a rollout's completions, one forward per micro-batch.
+class Scored(NamedTuple):
+    """What a pass over a rollout gave, without gradients."""
 
-    With the micro-batches of the first epoch the result is what the first forward of the update
+    logprobs: Tensor | None
+    """(B, C), 0 off the completion mask; None when they were not asked for."""
+    values: Tensor | None
+    """(B, C) of the state before each token, 0 off the completion mask; None without a critic."""
+    final_values: Tensor | None
+    """(B,) of the state after each completion; None without a critic."""
+
+
+@torch.no_grad()
+def score_rollout(
+    policy: Policy,
+    rollout: Rollout,
+    microbatches: Sequence[Tensor],
+    *,
+    temperature: float,
+    critic: Critic | None = None,
+    with_logprobs: bool = True,
+) -> Scored:
+    """Log-probs and values of a rollout's completions, one forward per micro-batch.
+
+    With the micro-batches of the first epoch the log-probs are what the first forward of the update
     will give, to the bit.
 
     Args:
@@ -88,30 +107,36 @@ def rollout_logprobs(
         microbatches: row indices of each forward; an empty one still makes its forward, as
             other ranks may wait in it.
         temperature: the sampling temperature.
+        critic: whose values, if any.
+        with_logprobs: whether the log-probs are needed.
 
     Returns:
-        (B, C) detached, 0 off the completion mask.
+        Log-probs and values.
     """
-    logprobs: Tensor | None = None
+    if not microbatches:
+        raise ValueError("there is no micro-batch to score")
+    lengths = rollout.completion_mask.sum(1)
+    found: dict[str, Tensor] = {}
     for rows in microbatches:
         part = microbatch(rollout, rows)
-        output = policy(
-            part.prompt_ids,
-            part.prompt_mask,
-            part.completion_ids,
-            part.completion_mask,
-            temperature=temperature,
-        ).logprobs
-        if logprobs is None:
-            logprobs = output.new_zeros(rollout.completion_ids.shape)
-        if len(rows):
-            output = torch.where(part.completion_mask, output, 0.0)
-            logprobs[rows.to(output.device), : output.shape[1]] = output
-    if logprobs is None:
-        raise ValueError("there is no micro-batch to score")
-    return logprobs
+        forward = forward_rows(
+            policy, critic, part, temperature=temperature, with_logprobs=with_logprobs
+        )
+        if not len(rows):
+            continue
+        rows = rows.to(part.completion_ids.device)
+        if forward.output is not None:
+            _place(found, "logprobs", rollout, part, rows, forward.output.logprobs)
+        if forward.values is not None:
+            _place(found, "values", rollout, part, rows, forward.values[:, :-1])
+            last = forward.values.gather(1, lengths[rows].unsqueeze(1)).squeeze(1)
+            finals = found.setdefault("final_values", last.new_zeros(len(rollout)))
+            finals[rows] = last
+    return Scored(found.get("logprobs"), found.get("values"), found.get("final_values"))
 
 
-def microbatch(rollout: Rollout, rows: Tensor) -> Rollout:
-    """The rows of one forward, without common padding; the first row stands in for none."""
-    return trim_padding(select_rows(rollout, rows if len(rows) else torch.tensor([0])))
+def _place(
+    found: dict[str, Tensor], name: str, rollout: Rollout, part: Rollout, rows: Tensor, x: Tensor
+) -> None:
+    whole = found.setdefault(name, x.new_zeros(rollout.completion_ids.shape))
+    whole[rows, : x.shape[1]] = torch.where(part.completion_mask, x, 0.0)

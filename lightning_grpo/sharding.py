@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
+from lightning_grpo.critic import LoraCritic, SeparateCritic, critic_layers
 from lightning_grpo.policy import Policy
 
 
@@ -33,9 +35,30 @@ def shard_policy(policy: Policy, mesh: DeviceMesh) -> None:
         policy: changed in place.
         mesh: the data-parallel mesh.
     """
-    layer_names = set(getattr(policy.causal_lm, "_no_split_modules", None) or ())
-    for module in policy.modules():
-        if type(module).__name__ in layer_names:
-            fully_shard(module, mesh=mesh)
+    _shard_layers(policy, policy.causal_lm, mesh)
     fully_shard(policy, mesh=mesh)
     register_fsdp_forward_method(policy, "call_unsharded")
+    register_fsdp_forward_method(policy, "hidden_states")
+
+
+def shard_critic(critic: nn.Module, policy: Policy, mesh: DeviceMesh) -> None:
+    """Shard a critic over the ranks as the policy is.
+
+    Args:
+        critic: changed in place.
+        policy: already sharded; the adapters that a lora critic has in it are sharded here.
+        mesh: the data-parallel mesh.
+    """
+    if isinstance(critic, SeparateCritic):
+        _shard_layers(critic, critic.trunk, mesh)
+    if isinstance(critic, LoraCritic):
+        for layer in critic_layers(policy):
+            fully_shard(layer, mesh=mesh)
+    fully_shard(critic, mesh=mesh)
+
+
+def _shard_layers(module: nn.Module, model: nn.Module, mesh: DeviceMesh) -> None:
+    layer_names = set(getattr(model, "_no_split_modules", None) or ())
+    for part in module.modules():
+        if type(part).__name__ in layer_names:
+            fully_shard(part, mesh=mesh)

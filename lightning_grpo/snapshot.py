@@ -9,23 +9,27 @@ from collections.abc import Iterator
 from types import FrameType
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from lightning_grpo.policy import Policy
 
 
+def gather_no_more(module: nn.Module) -> None:
+    """Shard what FSDP2 has left whole on this rank; the root stays so after a forward."""
+    for part in module.modules():
+        if isinstance(part, FSDPModule):
+            part.reshard()
+
+
 def local_weights(policy: Policy) -> dict[str, Tensor]:
     """Name -> the part of each trainable parameter that lives on this rank, sharing its memory."""
-    for module in policy.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()  # the root stays gathered after a forward
+    gather_no_more(policy)
     weights = {}
-    for name, parameter in policy.named_parameters():
-        if parameter.requires_grad:
-            data = parameter.data
-            weights[name] = data.to_local() if isinstance(data, DTensor) else data
+    for name, parameter in policy.trainable().items():
+        data = parameter.data
+        weights[name] = data.to_local() if isinstance(data, DTensor) else data
     return weights
 
 

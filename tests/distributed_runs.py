@@ -153,7 +153,8 @@ class Record(L.Callback):
         self, trainer: L.Trainer, module: GRPOModule, optimizer: torch.optim.Optimizer
     ) -> None:
         gradients = [whole(p.grad) for p in module.policy.parameters() if p.grad is not None]
-        self.gradients.append(torch.cat([g.flatten() for g in gradients]))
+        if gradients:  # the policy rests while a critic warms up
+            self.gradients.append(torch.cat([g.flatten() for g in gradients]))
 
     def on_minibatch_end(
         self, trainer: L.Trainer, module: GRPOModule, minibatch: Minibatch, output: MinibatchOutput

@@ -7,6 +7,8 @@ from typing import Any
 import lightning as L
 
 from lightning_grpo.callbacks import (
+    AlgorithmSwitch,
+    DynamicSampling,
     InnerEpochReplay,
     KLMonitor,
     RewardScoring,
@@ -34,6 +36,8 @@ def make_trainer(
     rollout: dict[str, Any] | None = None,
     reward_options: dict[str, Any] | None = None,
     kl: dict[str, Any] | None = None,
+    sampling: dict[str, Any] | None = None,
+    switch: dict[str, Any] | None = None,
     callbacks: list[L.Callback] | None = None,
     **trainer_options: Any,
 ) -> L.Trainer:
@@ -63,6 +67,8 @@ def make_trainer(
                 ),
                 InnerEpochReplay(num_epochs, num_minibatches),
                 KLMonitor(**(kl or {})),
+                sampling=DynamicSampling(**(sampling or {})),
+                switch=AlgorithmSwitch(**(switch or {})),
             ),
         ],
         **options,

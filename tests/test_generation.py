@@ -10,7 +10,7 @@ from lightning_grpo.generation import Sampling, SamplingKey, TransformersEngine,
 from lightning_grpo.generation.sampling import keyed_uniforms, sample_tokens
 from lightning_grpo.policy import Policy, load_policy
 from lightning_grpo.rollout import collect_rollout
-from lightning_grpo.scoring import rollout_logprobs
+from lightning_grpo.scoring import score_rollout
 from lightning_grpo.types import PromptBatch
 
 
@@ -95,12 +95,12 @@ def test_sampler_logprobs_are_those_of_the_training_forward(char_model: str):
     batch = prompts(["12=", "3=", "777777="], tokenizer)
     sampling = Sampling(temperature=0.7, max_completion_tokens=9)
     rollout = collect_rollout(engine, tokenizer, batch, sampling, 3, key=KEY)
-    again = rollout_logprobs(policy, rollout, [torch.arange(9)], temperature=0.7)
+    again = score_rollout(policy, rollout, [torch.arange(9)], temperature=0.7).logprobs
     difference = (again - rollout.sampler_logprobs)[rollout.completion_mask].abs().max()
     assert difference < 1e-5
     assert (rollout.sampler_logprobs[rollout.completion_mask] < -1e-3).any()
     # The temperature counts: at another one the log-probs differ.
-    other = rollout_logprobs(policy, rollout, [torch.arange(9)], temperature=1.0)
+    other = score_rollout(policy, rollout, [torch.arange(9)], temperature=1.0).logprobs
     assert (other - rollout.sampler_logprobs)[rollout.completion_mask].abs().max() > 1e-2
 
 
@@ -210,7 +210,7 @@ def test_padding_rows_of_the_embedding_are_never_drawn(char_model: str):
     rollout = collect_rollout(
         engine, tokenizer, batch, Sampling(max_completion_tokens=20), 4, key=KEY
     )
-    again = rollout_logprobs(policy, rollout, [torch.arange(16)], temperature=1.0)
+    again = score_rollout(policy, rollout, [torch.arange(16)], temperature=1.0).logprobs
     assert (again - rollout.sampler_logprobs).abs().max() < 1e-5
 
 

@@ -176,7 +176,7 @@ def test_padding_leaves_the_gradient_the_same_whatever_it_holds(char_model, prec
 
 def test_padding_that_is_not_cut_off_leaves_the_gradient_the_same(char_model, monkeypatch):
     narrow = record_fit(char_model, "completion")
-    monkeypatch.setattr("lightning_grpo.scoring.trim_padding", lambda rollout: rollout)
+    monkeypatch.setattr("lightning_grpo.forward.trim_padding", lambda rollout: rollout)
     wide = record_fit(char_model, "completion", before=WidenRollout(7, math.nan))
     assert_same_gradients(wide, narrow, TOLERANCE["64-true"])
 

@@ -69,7 +69,7 @@ def test_entropy_is_that_of_the_sampled_distribution(char_model: str):
     ids = torch.tensor([[5, 6]])
     mask = torch.ones_like(ids).bool()
     with torch.no_grad():
-        output = policy(ids, mask, ids, mask, temperature=2.0, with_entropy=True)
+        output = policy(ids, mask, ids, mask, temperature=2.0, entropy="detached")
         logits = policy.causal_lm(input_ids=torch.tensor([[5, 6, 5]])).logits[0, 1:, :41] / 2.0
     p = logits.softmax(-1)
     expected = -(p * p.log()).sum(-1)
@@ -137,7 +137,7 @@ def test_lora_trains_adapters_and_its_base_is_the_reference(char_model: str):
                 parameter.normal_()
         base = plain.eval()(ids, mask, ids, mask).logprobs
         assert not torch.allclose(policy.eval()(ids, mask, ids, mask).logprobs, base, atol=1e-3)
-        with policy.adapter_off():
+        with policy.adapter(None):
             assert torch.equal(policy(ids, mask, ids, mask).logprobs, base)
 
 

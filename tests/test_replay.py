@@ -16,6 +16,7 @@ from lightning_grpo.algorithms import GRPO
 from lightning_grpo.callbacks import InnerEpochReplay
 from lightning_grpo.module import GRPOModule
 from lightning_grpo.replay import split_microbatches, split_minibatches, trim_padding
+from lightning_grpo.saved_run import restore_record
 from lightning_grpo.types import LossOutput, Minibatch, MinibatchOutput, Rollout
 
 STOPS = {"stop_strings": list("012345")}
@@ -148,12 +149,18 @@ class RecordingGRPO:
     def check_group_size(self, group_size: int) -> None:
         self.grpo.check_group_size(group_size)
 
-    def advantages(self, rollout: Rollout) -> Tensor:
-        return self.grpo.advantages(rollout)
+    @property
+    def entropy_coef(self) -> float:
+        return self.grpo.entropy_coef
 
-    def loss(self, logprobs: Tensor, rollout: Rollout, *, beta: float) -> LossOutput:
+    def prepare(self, rollout: Rollout, *, beta: float, sum_over_ranks: Any) -> Rollout:
+        return self.grpo.prepare(rollout, beta=beta, sum_over_ranks=sum_over_ranks)
+
+    def loss(
+        self, logprobs: Tensor, rollout: Rollout, *, beta: float, entropy: Tensor | None = None
+    ) -> LossOutput:
         self.forwards.append((rollout, logprobs.detach().clone()))
-        return self.grpo.loss(logprobs, rollout, beta=beta)
+        return self.grpo.loss(logprobs, rollout, beta=beta, entropy=entropy)
 
     def log_ratios(self) -> list[float]:
         """Largest |log ratio| of each forward."""
@@ -302,10 +309,10 @@ def test_what_is_set_explicitly_counts_more_than_what_a_checkpoint_found(char_mo
         saved = {
             "counters": {},
             "beta": 0.04,
-            "is_lora": False,
             "old_logprobs": "sampler",
             "is_cold_started": False,
             "reference": {},
+            "num_critic_failures": 0,
         }
-        module.on_load_checkpoint({"lightning_grpo": saved})
+        restore_record(module, saved)
         assert module.old_logprobs == expected
