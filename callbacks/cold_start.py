@@ -12,12 +12,14 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
 from lightning_grpo.generation.transformers_engine import left_pad
+from lightning_grpo.lifecycle import start_from_policy
 from lightning_grpo.masking import masked_sum
 from lightning_grpo.module import GRPOModule
 from lightning_grpo.policy import Policy
 from lightning_grpo.prompts import prepare_prompts
 from lightning_grpo.run_state import global_seed
 from lightning_grpo.sources import Rows, read_rows
+from lightning_grpo.stages import moves_policy
 
 
 class ColdStart(L.Callback):
@@ -72,7 +74,10 @@ class ColdStart(L.Callback):
             return
         start = time.perf_counter()
         rows = self.read(trainer, module)
+        module.policy.freeze(False)  # a critic's warm-up comes after it
         losses = self.train(trainer, module, rows)
+        module.policy.freeze(not moves_policy(module.stage))
+        start_from_policy(module)
         module.is_cold_started = True
         seconds = time.perf_counter() - start
         module.phase.spend("cold start", seconds)

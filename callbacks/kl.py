@@ -26,9 +26,9 @@ class KLMonitor(L.Callback):
         horizon_completions: completions over which beta reacts; smaller reacts faster.
         stop_above_nats_per_token: drop the rest of the replay when the approximate KL between
             old and current policy passes this; null never does. 0.01 to 0.05 is usual.
-        rollback_above_nats_per_token: return to the old policy's weights, clear the optimizer's
-            moments and drop the replay when that KL passes this; needs model.old_policy:
-            weights; null never does.
+        rollback_above_nats_per_token: return to the old policy's weights, clear its moments and
+            drop the replay when that KL passes this; needs model.old_policy: weights; null never
+            does.
         warn_above_nats_per_token: say so when that KL passes this.
         max_rollbacks: stop after so many rollbacks in a row.
     """
@@ -144,7 +144,9 @@ class KLMonitor(L.Callback):
     def _roll_back(self, trainer: L.Trainer, module: GRPOModule) -> None:
         assert module.old_policy is not None
         module.old_policy.restore()
-        trainer.optimizers[0].state.clear()
+        optimizer = trainer.optimizers[0]
+        for parameter in optimizer.param_groups[0]["params"]:
+            optimizer.state.pop(parameter, None)
         module.queue.clear()
         module.counters.rollbacks += 1
         self._has_rolled_back = True

@@ -62,6 +62,8 @@ class AlgorithmSwitch(L.Callback):
         handover_ratio: float | None = 1.25,
         max_handover_iterations: int = 100,
     ) -> None:
+        if algorithm not in ("grpo", "ppo"):
+            raise ValueError(f"switch.algorithm must be grpo or ppo, got {algorithm!r}")
         if rule is not None and num_iterations is not None:
             raise ValueError("switch.rule and switch.num_iterations do not go together: leave one")
         for name, value, least in (
@@ -85,6 +87,7 @@ class AlgorithmSwitch(L.Callback):
         )
         self.state = SwitchState()
         self.next_stage: Stage | None = None
+        self._stage: Stage = "grpo"
         self._reason = ""
         self._evidence_text = ""
         self._evidence_numbers: dict[str, float] = {}
@@ -99,10 +102,12 @@ class AlgorithmSwitch(L.Callback):
             num_warmup = critic.num_warmup_iterations
             self.options = dataclasses.replace(self.options, num_warmup_iterations=num_warmup)
         check_options(self.options, module)
+        module.may_use_critic = self.options.may_use_ppo
         if module.policy is None:
             module.stage = self.options.first_stage
         if self.options.first_stage == "warmup":
-            module.num_critic_warmup_iterations = self.options.num_warmup_iterations
+            lengths = [self.options.num_warmup_iterations, self.options.num_iterations]
+            module.num_critic_warmup_iterations = min(n for n in lengths if n is not None)
 
     def on_fit_start(self, trainer: L.Trainer, module: GRPOModule) -> None:
         """Refuse a warm-up that the run ends in."""
@@ -114,6 +119,10 @@ class AlgorithmSwitch(L.Callback):
                 f"{num_warmup_steps} optimizer steps, but the run has only {num_steps:.0f}: the "
                 "policy would never move"
             )
+
+    def on_train_start(self, trainer: L.Trainer, module: GRPOModule) -> None:
+        """Note the stage, after a checkpoint was loaded."""
+        self._stage = module.stage
 
     def on_rewards_end(self, trainer: L.Trainer, module: GRPOModule, rollout: Rollout) -> None:
         """Keep the rewards of what was sampled first, before groups are dropped or replaced."""
@@ -127,9 +136,7 @@ class AlgorithmSwitch(L.Callback):
         if module.queue:
             return
         if module.critic_failure is not None:
-            give_up_critic(module, module.critic_failure)
-            enter(self.state, "ppo", "grpo")
-            self.next_stage = None
+            self._note_failure(module, module.counters.iterations)
         if self.next_stage is not None and self.next_stage != module.stage:
             self._switch(module, self.next_stage)
         self.next_stage = None
@@ -138,11 +145,14 @@ class AlgorithmSwitch(L.Callback):
         self, trainer: L.Trainer, module: GRPOModule, minibatch: Minibatch, output: MinibatchOutput
     ) -> None:
         """Leave the rest of a rollout when the critic is broken."""
-        if module.critic_failure is not None and minibatch.is_window_end:
+        is_broken = module.critic is not None and module.critic_failure is not None
+        if is_broken and minibatch.is_window_end:
             module.queue.clear()
 
     def on_iteration_end(self, trainer: L.Trainer, module: GRPOModule, rollout: Rollout) -> None:
         """Measure the iteration, and decide what comes next."""
+        if module.critic_failure is not None and module.critic is None:
+            self._note_failure(module, module.counters.iterations - 1)
         evidence = self.measure(trainer, module, rollout)
         self._evidence_text, self._evidence_numbers = str(evidence), evidence.numbers()
         stage = {
@@ -183,16 +193,28 @@ class AlgorithmSwitch(L.Callback):
     def _switch(self, module: GRPOModule, stage: Stage) -> None:
         before = module.stage
         enter_stage(module, stage)
+        self._take_note(module, before, module.counters.iterations)
+
+    def _note_failure(self, module: GRPOModule, iteration: int) -> None:
+        """Free a critic that does not work, where that has not been done, and write it down."""
+        reason = str(module.critic_failure)
+        if module.critic is not None:
+            give_up_critic(module, reason)
+        module.critic_failure = None
+        self.next_stage, self._reason = None, f"the critic is of no use: {reason}"
+        self._take_note(module, self._stage, iteration)
+
+    def _take_note(self, module: GRPOModule, before: Stage, number: int) -> None:
+        stage = self._stage = module.stage
         enter(self.state, before, stage)
         if not has_critic(stage):
             for prefix in ("value/", "evidence/critic_", "evidence/mse_ratio"):
                 forget_metrics(module.trainer, prefix)
-        number = module.counters.iterations
         rank_zero_info(
             f"iteration {number}: {WORDS[before]} -> {WORDS[stage]}: {self._reason}. "
             f"{self._evidence_text}"
         )
-        if module.trainer.is_global_zero and not module.trainer.fast_dev_run:  # type: ignore[attr-defined]
+        if module.trainer.is_global_zero and module.trainer.loggers and module.trainer.log_dir:
             entry: dict[str, Any] = {"iteration": number, "from": before, "to": stage}
             entry["reason"] = self._reason
             entry["evidence"] = self._evidence_numbers

@@ -17,7 +17,9 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException, SI
 
 from lightning_grpo.algorithms import GRPO
 from lightning_grpo.callbacks import (
+    AlgorithmSwitch,
     ColdStart,
+    DynamicSampling,
     HealthWarnings,
     InnerEpochReplay,
     IterationCheckpoint,
@@ -51,6 +53,7 @@ from lightning_grpo.run_files import (
     run_loggers,
     saved_step,
 )
+from lightning_grpo.tool_commands import TOOLS, run_tool
 
 # The sections of the configuration, in the order in which their callbacks run.
 SECTIONS: dict[str, type[L.Callback]] = {
@@ -58,6 +61,8 @@ SECTIONS: dict[str, type[L.Callback]] = {
     "validation": ValidateAtEnds,
     "rollout": RolloutGeneration,
     "reward": RewardScoring,
+    "switch": AlgorithmSwitch,
+    "dynamic_sampling": DynamicSampling,
     "replay": InnerEpochReplay,
     "kl": KLMonitor,
     "samples": SampleTable,
@@ -234,8 +239,12 @@ def main(args: Sequence[str] | None = None) -> None:
     """
     quiet_libraries()
     try:
+        given = list(sys.argv[1:] if args is None else args)
+        if given and given[0] in TOOLS:
+            run_tool(given, {"model", "data", "run", "trainer", *SECTIONS})
+            return
         # Processes that Lightning launches for other ranks repeat sys.argv.
-        sys.argv[1:] = with_config(sys.argv[1:] if args is None else args)
+        sys.argv[1:] = with_config(given)
         run_command_line()
     except SIGTERMException:
         sys.exit(128 + 15)  # Lightning would report success

@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassificati
 
 from lightning_grpo.adapters import Lora, add_adapter, remove_adapter
 from lightning_grpo.paths import resolve_package_path
-from lightning_grpo.policy import Policy, zero_dropout
+from lightning_grpo.policy import Policy, checkpoint_activations, zero_dropout
 from lightning_grpo.tokenizing import load_tokenizer
 from lightning_grpo.types import Rollout
 
@@ -100,11 +100,20 @@ class ValueHead(nn.Module):
         self.weight = nn.Parameter(torch.zeros(hidden_size, dtype=torch.float32))
         self.bias = nn.Parameter(torch.zeros(1, dtype=torch.float32))
 
+    def _apply(self, fn: Any, recurse: bool = True) -> ValueHead:
+        # What casts a model to half precision does not mean this layer: its updates would be lost.
+        def not_half(tensor: Tensor) -> Tensor:
+            moved: Tensor = fn(tensor)
+            is_cut = torch.finfo(moved.dtype).bits < torch.finfo(tensor.dtype).bits
+            return tensor.to(moved.device) if is_cut else moved
+
+        super()._apply(not_half, recurse)
+        return self
+
     def forward(self, hidden: Tensor) -> Tensor:
         """Values (B, T) of hidden states (B, T, H)."""
-        dtype = torch.promote_types(self.weight.dtype, torch.float32)
         with torch.autocast(hidden.device.type, enabled=False):
-            return hidden.to(dtype) @ self.weight.to(dtype) + self.bias.to(dtype)
+            return hidden.to(self.weight.dtype) @ self.weight + self.bias
 
 
 class HeadCritic(nn.Module):
@@ -216,12 +225,14 @@ def make_critic(settings: CriticSettings, policy: Policy, tokenizer: Any) -> nn.
         head = ValueHead(hidden_size_of(policy))
     zero_dropout(trunk)
     if policy.is_checkpointing_activations:
-        trunk.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+        checkpoint_activations(trunk)
     return SeparateCritic(trunk, head)
 
 
-def critic_layers(policy: Policy) -> list[nn.Module]:
-    """The layers that a lora critic has inside the policy."""
+def own_layers(critic: nn.Module, policy: Policy) -> list[nn.Module]:
+    """The layers that a critic has inside the policy: the adapters of a lora critic."""
+    if not isinstance(critic, LoraCritic):
+        return []
     named = policy.named_modules()
     mine = [m for name, m in named if ".lora_" in name and name.endswith(f".{CRITIC_ADAPTER}")]
     return [module for module in mine if any(True for _ in module.parameters())]
@@ -229,8 +240,8 @@ def critic_layers(policy: Policy) -> list[nn.Module]:
 
 def critic_parameters(critic: nn.Module, policy: Policy) -> list[nn.Parameter]:
     """The parameters of a critic, with those that it has inside the policy."""
-    layers = critic_layers(policy) if isinstance(critic, LoraCritic) else []
-    return [p for module in (critic, *layers) for p in module.parameters()]
+    modules = (critic, *own_layers(critic, policy))
+    return [parameter for module in modules for parameter in module.parameters()]
 
 
 def remove_critic(critic: nn.Module, policy: Policy) -> None:

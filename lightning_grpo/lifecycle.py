@@ -23,6 +23,7 @@ from lightning_grpo.critic import (
     SeparateCritic,
     critic_parameters,
     make_critic,
+    own_layers,
     remove_critic,
 )
 from lightning_grpo.distributed import TrainingStopped
@@ -74,7 +75,7 @@ def give_up_critic(module: GRPOModule, reason: str) -> None:
         raise TrainingStopped(f"{message}; {advice}. GRPO cannot take over: {error}") from error
     rank_zero_warn(f"{message}. It is freed, and the run goes on under GRPO; {advice}")
     enter_stage(module, "grpo")
-    module.critic_failure = None
+    module.critic_failure = reason  # until AlgorithmSwitch has taken note
     module.num_critic_failures += 1
 
 
@@ -99,15 +100,22 @@ def attach_critic(module: GRPOModule) -> None:
         critic = make_critic(module.critic_settings, module.policy, module.tokenizer)
     optimizers = module.trainer.optimizers
     if optimizers:  # the strategy has cast and moved everything else by now
-        critic = module.trainer.precision_plugin.convert_module(critic)
+        for part in (critic, *own_layers(critic, module.policy)):
+            module.trainer.precision_plugin.convert_module(part)
     critic.to(module.device)
     if module.device_mesh is not None:
         shard_critic(critic, module.policy, module.device_mesh["data_parallel"])
-    if isinstance(critic, SeparateCritic) and module.critic_settings.name_or_path is None:
-        copy_trunk(critic, module.policy)
     module.critic = critic.train(module.policy.training)
+    start_from_policy(module)
     for optimizer in optimizers:
         optimizer.param_groups[1]["params"] += critic_parameters(critic, module.policy)
+
+
+def start_from_policy(module: GRPOModule) -> None:
+    """Give a separate critic without weights of its own those that the policy has now."""
+    settings = module.critic_settings
+    if isinstance(module.critic, SeparateCritic) and settings and settings.name_or_path is None:
+        copy_trunk(module.critic, module.policy)
 
 
 def detach_critic(module: GRPOModule) -> None:

@@ -35,6 +35,7 @@ from lightning_grpo.evaluation import Judge, update_metrics, validation_metrics
 from lightning_grpo.generation import Engine, SamplingKey, build_engine
 from lightning_grpo.lifecycle import call_before_loading, enter_stage
 from lightning_grpo.loaders import EvalBatch, Slot
+from lightning_grpo.memory.run import refuse_what_cannot_fit
 from lightning_grpo.metrics import MetricSums
 from lightning_grpo.nonfinite import NonfiniteGuard
 from lightning_grpo.optimization import (
@@ -107,6 +108,8 @@ class GRPOModule(L.LightningModule):
     """What is wrong with the critic, until it is freed for it."""
     num_critic_failures: int = 0
     """Critics that were freed because they gave no finite numbers."""
+    may_use_critic: bool = True
+    """Whether PPO can come up at all in this run."""
     num_critic_warmup_iterations: int = 0
     """Iterations at the start of the run in which the critic alone learns."""
     is_step_skipped: bool = False
@@ -130,7 +133,7 @@ class GRPOModule(L.LightningModule):
         activation_checkpointing: bool = False,
         dropout: bool = False,
         algorithm: Algorithm | None = None,
-        ppo: PPO | None = None,
+        ppo: PPO = PPO(),  # noqa: B008  # frozen
         critic: CriticSettings | None = None,
         beta: float = 0.04,
         kl_in: Literal["loss", "reward"] = "loss",
@@ -159,7 +162,7 @@ class GRPOModule(L.LightningModule):
             "dropout": dropout,
         }
         self.algorithm: Algorithm = algorithm or GRPO()
-        self.ppo = ppo or PPO()
+        self.ppo = ppo
         self.critic_settings = critic
         self.beta = beta
         self.kl_in = kl_in
@@ -200,6 +203,7 @@ class GRPOModule(L.LightningModule):
         """Refuse what cannot work, and find out where the run writes (on rank 0, for all)."""
         refuse_unsupported(self.trainer, stage)
         if stage == "fit":
+            refuse_what_cannot_fit(self, self.trainer)
             call_before_loading(self.trainer.strategy, self._make_room_for)
         self.run_dir = Path(self.trainer.log_dir or self.trainer.default_root_dir)
 
@@ -515,11 +519,15 @@ class GRPOModule(L.LightningModule):
 
     def sum_over_ranks(self, tensor: Tensor) -> Tensor:
         """Add a tensor over all ranks; the tensor itself stays as it is."""
-        return self.trainer.strategy.reduce(tensor.to(self.device, copy=True), reduce_op="sum")
+        return self._reduced(tensor, "sum")
 
     def max_over_ranks(self, tensor: Tensor) -> Tensor:
         """The largest of a tensor's values over all ranks, each by itself."""
-        return self.trainer.strategy.reduce(tensor.to(self.device, copy=True), reduce_op="max")
+        return self._reduced(tensor, "max")
+
+    def _reduced(self, tensor: Tensor, operation: str) -> Tensor:
+        strategy = self.trainer.strategy  # its device: before the fit our own is still the CPU
+        return strategy.reduce(tensor.to(strategy.root_device, copy=True), reduce_op=operation)  # type: ignore[arg-type]
 
     def gather_rows(self, values: Tensor) -> Tensor:
         """The rows (B,) of all ranks, in float64, those of rank 0 first."""

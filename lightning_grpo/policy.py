@@ -232,15 +232,11 @@ class Policy(nn.Module):
 
     def checkpoint_activations(self) -> None:
         """Recompute activations in the backward pass, with the adapter of the forward."""
-        model = self.causal_lm
-        # Renamed in transformers 5; the old name goes in 6.
-        enable = getattr(model, "activation_checkpointing_enable", None)
-        enable = enable or model.gradient_checkpointing_enable
 
         def contexts() -> tuple[Any, Any]:
             return contextlib.nullcontext(), same_adapter(self.model)
 
-        enable({"use_reentrant": False, "context_fn": contexts})
+        checkpoint_activations(self.causal_lm, context_fn=contexts)
         self.is_checkpointing_activations = True
 
     @property
@@ -312,6 +308,18 @@ def load_policy(
     if activation_checkpointing:
         policy.checkpoint_activations()
     return policy
+
+
+def checkpoint_activations(model: Any, **options: Any) -> None:
+    """Recompute the activations of a transformers model in the backward pass.
+
+    Args:
+        model: changed in place.
+        **options: of torch.utils.checkpoint.
+    """
+    # Renamed in transformers 5; the old name goes in 6.
+    enable = getattr(model, "activation_checkpointing_enable", None)
+    (enable or model.gradient_checkpointing_enable)({"use_reentrant": False} | options)
 
 
 def zero_dropout(model: nn.Module) -> None:

@@ -27,6 +27,7 @@ def record_of(module: GRPOModule) -> dict[str, Any]:
         "reference": dict(module.reference_record),
         "stage": module.stage,
         "critic_form": module.critic_settings.form if module.critic_settings else None,
+        "critic_failure": module.critic_failure,
         "num_critic_failures": module.num_critic_failures,
     }
 
@@ -39,6 +40,7 @@ def restore_record(module: GRPOModule, saved: dict[str, Any]) -> None:
         module.old_logprobs = saved["old_logprobs"]
     module.is_cold_started = saved["is_cold_started"]
     module.reference_record = saved["reference"]
+    module.critic_failure = saved["critic_failure"]
     module.num_critic_failures = saved["num_critic_failures"]
 
 

@@ -6,7 +6,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
-from lightning_grpo.critic import LoraCritic, SeparateCritic, critic_layers
+from lightning_grpo.critic import SeparateCritic, own_layers
 from lightning_grpo.policy import Policy
 
 
@@ -51,9 +51,8 @@ def shard_critic(critic: nn.Module, policy: Policy, mesh: DeviceMesh) -> None:
     """
     if isinstance(critic, SeparateCritic):
         _shard_layers(critic, critic.trunk, mesh)
-    if isinstance(critic, LoraCritic):
-        for layer in critic_layers(policy):
-            fully_shard(layer, mesh=mesh)
+    for layer in own_layers(critic, policy):
+        fully_shard(layer, mesh=mesh)
     fully_shard(critic, mesh=mesh)
 
 

@@ -312,6 +312,7 @@ def test_what_is_set_explicitly_counts_more_than_what_a_checkpoint_found(char_mo
             "old_logprobs": "sampler",
             "is_cold_started": False,
             "reference": {},
+            "critic_failure": None,
             "num_critic_failures": 0,
         }
         restore_record(module, saved)

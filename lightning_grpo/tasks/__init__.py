@@ -3,5 +3,12 @@
 from __future__ import annotations
 
 from lightning_grpo.tasks.sort_digits import SortDigits, sorted_exactly
+from lightning_grpo.tasks.token_credit import LetterPoints, NoisyLetterPoints, letter_points
 
-__all__ = ["SortDigits", "sorted_exactly"]
+__all__ = [
+    "LetterPoints",
+    "NoisyLetterPoints",
+    "SortDigits",
+    "letter_points",
+    "sorted_exactly",
+]

@@ -1,0 +1,1 @@
+"""What each part of a run costs in memory, per phase and device, before it is made."""

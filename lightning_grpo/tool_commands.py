@@ -1,0 +1,73 @@
+"""Tools as subcommands: a typed function of the same name, whose docstring is the help."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Collection, Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import ArgumentParser
+
+# Subcommand -> module that holds the function of that name.
+TOOLS = {
+    "memory": "lightning_grpo.tools.memory",
+    "export_critic": "lightning_grpo.tools.export_critic",
+}
+
+
+class ToolParser(ArgumentParser):
+    """A parser that prints no usage above an error."""
+
+    def print_usage(self, file: Any = None) -> None:
+        """Print nothing: the message names the option, and `--help` lists all."""
+
+
+def run_tool(args: Sequence[str], fit_sections: Collection[str]) -> None:
+    """Run a tool.
+
+    Args:
+        args: name of the tool and its options; a tool with a parameter `overrides` takes options
+            of `fit` too.
+        fit_sections: sections that the options of `fit` begin with.
+    """
+    name, *options = args
+    function = getattr(import_module(TOOLS[name]), name)
+    program = Path(sys.argv[0]).name
+    program = "python -m lightning_grpo" if program == "__main__.py" else program
+    parser = ToolParser(
+        prog=f"{program} {name}",
+        usage=f"{program} {name} [options]",
+        description=inspect.getdoc(function).split("\nArgs:")[0].strip(),  # type: ignore[union-attr]
+    )
+    keywords: dict[str, Any] = {}
+    if "overrides" in inspect.signature(function).parameters:
+        options, keywords["overrides"] = split_overrides(options, fit_sections)
+    parser.add_function_arguments(function, skip=set(keywords), sub_configs=False)
+    parsed = parser.instantiate_classes(parser.parse_args(options))
+    function(**parsed, **keywords)
+
+
+def split_overrides(
+    options: Sequence[str], fit_sections: Collection[str]
+) -> tuple[list[str], list[str]]:
+    """Tell the options of `fit` from a tool's own.
+
+    Args:
+        options: a command line, each value behind its option or joined with `=`.
+        fit_sections: such as model and rollout.
+
+    Returns:
+        The tool's own, and those of `fit`.
+    """
+    own: list[str] = []
+    overrides: list[str] = []
+    current = own
+    for word in options:
+        if word.startswith("--"):
+            section = word[2:].partition("=")[0].partition(".")[0]
+            current = overrides if section in fit_sections else own
+        current.append(word)
+    return own, overrides
