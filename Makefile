@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
 
-.PHONY: help install fit test format lint type mutants clean
+.PHONY: help install fit test format lint type mutants credit clean
 
 help:  ## Show the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | sort
@@ -38,6 +38,9 @@ type: install  ## Check the types
 
 mutants: install  ## Break the mathematics in many small ways; every mutant has to be caught
 	$(BIN)/python tests/mutants.py
+
+credit: install  ## Compare credit per token with one advantage per completion; 15 minutes
+	$(BIN)/python tests/token_credit.py
 
 clean:  ## Remove what was built
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache

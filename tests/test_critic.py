@@ -357,6 +357,7 @@ def test_a_lora_critic_leaves_the_policy_as_it_was(folders):
         {"x": before["logprobs"], "y": before["reference"]},
     )
     assert state()["flags"] == before["flags"]
+    assert state()["base"] == before["base"]
     # And again: a later switch makes another.
     make_critic(CriticSettings("lora", lora=Lora(3)), policy, tokenizer=None)
     assert torch.equal(state()["logprobs"], before["logprobs"])

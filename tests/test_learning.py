@@ -10,6 +10,7 @@ import torch
 from runs import make_data, make_trainer
 
 from lightning_grpo.callbacks import ColdStart, ValidateAtEnds
+from lightning_grpo.critic import CriticSettings
 from lightning_grpo.module import GRPOModule
 from lightning_grpo.tasks import SortDigits, sorted_exactly
 from lightning_grpo.tools.tiny_model import write_tiny_model
@@ -39,7 +40,9 @@ def shuffled(completions: list[str], answer: list[str], **columns: Any) -> list[
     return rewards
 
 
-def learn(folder: str, reward: Any, num_steps: int = 120) -> tuple[float, float]:
+def learn(
+    folder: str, reward: Any, num_steps: int = 120, algorithm: str = "grpo"
+) -> tuple[float, float]:
     """Sampled pass@1 on 256 prompts before and after reinforcement learning."""
     digits: dict[str, Any] = {"min_digits": 4, "max_digits": 4, "distinct": True}
     rows = SortDigits(2048, **digits)
@@ -55,6 +58,7 @@ def learn(folder: str, reward: Any, num_steps: int = 120) -> tuple[float, float]
         max_completion_tokens=5,
         num_minibatches=2,
         rollout={"num_val_samples": 2, "seed": 0},
+        switch={"algorithm": algorithm},
         callbacks=[ColdStart(rows, num_steps=90, learning_rate=2e-3), ends],
         max_epochs=-1,
         max_steps=num_steps,
@@ -67,6 +71,7 @@ def learn(folder: str, reward: Any, num_steps: int = 120) -> tuple[float, float]
         optimizer=optimizer,
         lr_schedule="linear",
         num_warmup_steps=10,
+        critic=CriticSettings(learning_rate=2e-3) if algorithm == "ppo" else None,
     )
     data = make_data(
         rows,
@@ -80,12 +85,14 @@ def learn(folder: str, reward: Any, num_steps: int = 120) -> tuple[float, float]
     return before["val/pass_at_1"], after["val/pass_at_1"]
 
 
-def test_right_or_wrong_rewards_teach_the_policy_to_sort(sorter: str):
-    before, after = learn(sorter, sorted_exactly)
+@pytest.mark.parametrize("algorithm", ["grpo", "ppo"])
+def test_right_or_wrong_rewards_teach_the_policy_to_sort(sorter: str, algorithm: str):
+    before, after = learn(sorter, sorted_exactly, algorithm=algorithm)
     assert 0.15 < before < 0.75
     assert after > max(before + 0.2, 0.85)
 
 
-def test_rewards_of_other_completions_teach_nothing(sorter: str):
-    before, after = learn(sorter, shuffled, num_steps=40)
+@pytest.mark.parametrize("algorithm", ["grpo", "ppo"])
+def test_rewards_of_other_completions_teach_nothing(sorter: str, algorithm: str):
+    before, after = learn(sorter, shuffled, num_steps=40, algorithm=algorithm)
     assert after < before + 0.05

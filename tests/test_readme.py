@@ -9,7 +9,11 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 from runs import make_data, make_module, make_trainer
+
+from lightning_grpo.critic import CriticSettings
+from lightning_grpo.evidence import measure_evidence
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -58,6 +62,28 @@ def test_the_custom_callback_of_the_readme_is_called_and_stops_the_run(
     trainer = make_trainer(callbacks=[patient], max_epochs=-1, max_steps=5)
     trainer.fit(make_module(char_model), datamodule=make_data())
     assert trainer.global_step == 5
+
+
+def test_the_switch_rule_of_the_readme_switches(tmp_path, monkeypatch, char_model):
+    rule = module_of("my_rules.py", tmp_path, monkeypatch).critic_is_better
+    evidence = {
+        "iteration": 0,
+        "stage": "grpo",
+        "rewards": torch.tensor([0.0, 0.0, 1.0, 0.0]),
+        "group_ids": torch.tensor([0, 0, 1, 1]),
+        "baseline_rewards": torch.tensor([0.0, 0.0, 1.0, 0.0]),
+        "baseline_group_ids": torch.tensor([0, 0, 1, 1]),
+        "prompt_values": None,
+        "value_explained_var": None,
+    }
+    assert rule(measure_evidence(**evidence)) == "grpo"  # half the groups are dead, not more
+    dead = evidence | {"rewards": torch.zeros(4)}
+    assert rule(measure_evidence(**dead)) == "ppo"
+    switch = {"rule": rule, "patience": 1, "min_stay_iterations": 0}
+    trainer = make_trainer(switch=switch, max_epochs=-1, max_steps=3)
+    module = make_module(char_model, critic=CriticSettings())
+    trainer.fit(module, datamodule=make_data())
+    assert module.counters.iterations == 3
 
 
 def test_the_python_program_of_the_readme_runs(tmp_path, monkeypatch):
