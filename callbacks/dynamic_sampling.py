@@ -56,7 +56,8 @@ class DynamicSampling(L.Callback):
         self, trainer: L.Trainer, module: GRPOModule, batch: Slot, batch_idx: int
     ) -> None:
         """Select among the groups of a rollout that has just been scored, and refill."""
-        if not self.max_refills or module.queue or not module.uses_group_baseline:
+        # A critic, which PPO or the way to it has, is to learn from the prompts as they come.
+        if not self.max_refills or module.queue or module.critic is not None:
             return
         rollout = module.rollout
         assert rollout is not None and rollout.rewards is not None

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 from collections.abc import Callable
 from typing import Any, Literal
 
 import lightning as L
-import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
-from lightning_grpo.advantages import group_advantages
+from lightning_grpo.algorithms import PPO
+from lightning_grpo.critic import check_reward_model
 from lightning_grpo.distributed import failing_together
 from lightning_grpo.evidence import Evidence, measure_evidence
 from lightning_grpo.lifecycle import enter_stage, give_up_critic
@@ -48,8 +47,10 @@ class AlgorithmSwitch(L.Callback):
         patience: iterations in a row in which the rule has to ask for a change.
         min_stay_iterations: iterations that a rule's choice lasts at least.
         handover_ratio: PPO takes over when the critic's squared error at the prompt is at most
-            this many times that of the siblings' mean; null does not ask.
-        max_handover_iterations: stay with GRPO when it is not so after so many iterations.
+            this many times that of the siblings' mean, and it explains some of the variance of
+            the rewards or of the returns; null does not ask.
+        max_handover_iterations: when it is not so after so many iterations, stay with GRPO for the
+            rest of the run.
     """
 
     def __init__(
@@ -103,11 +104,11 @@ class AlgorithmSwitch(L.Callback):
             self.options = dataclasses.replace(self.options, num_warmup_iterations=num_warmup)
         check_options(self.options, module)
         module.may_use_critic = self.options.may_use_ppo
-        if module.policy is None:
+        if module.counters.iterations == 0:
             module.stage = self.options.first_stage
-        if self.options.first_stage == "warmup":
-            lengths = [self.options.num_warmup_iterations, self.options.num_iterations]
-            module.num_critic_warmup_iterations = min(n for n in lengths if n is not None)
+        is_warmup_first = self.options.first_stage == "warmup"
+        num_warmup = self.options.num_warmup_iterations
+        module.num_critic_warmup_iterations = num_warmup if is_warmup_first else 0
 
     def on_fit_start(self, trainer: L.Trainer, module: GRPOModule) -> None:
         """Refuse a warm-up that the run ends in."""
@@ -123,6 +124,7 @@ class AlgorithmSwitch(L.Callback):
     def on_train_start(self, trainer: L.Trainer, module: GRPOModule) -> None:
         """Note the stage, after a checkpoint was loaded."""
         self._stage = module.stage
+        self._sampled = None
 
     def on_rewards_end(self, trainer: L.Trainer, module: GRPOModule, rollout: Rollout) -> None:
         """Keep the rewards of what was sampled first, before groups are dropped or replaced."""
@@ -177,14 +179,16 @@ class AlgorithmSwitch(L.Callback):
         assert rollout.rewards is not None
         sampled, self._sampled = self._sampled, None
         rewards, group_ids = sampled or (rollout.rewards, rollout.group_ids)
-        values = prompt_values(module, rollout)
+        baseline_rewards, values = rollout.rewards, None
+        if rollout.values is not None:
+            baseline_rewards, values = module.ppo.at_prompt(rollout, beta=module.reward_beta)
         explained = trainer.callback_metrics.get("value/explained_var")
         return measure_evidence(
             iteration=module.counters.iterations - 1,
             stage=module.stage,
             rewards=module.gather_rows(rewards),
             group_ids=module.gather_rows(group_ids).long(),
-            baseline_rewards=module.gather_rows(rollout.rewards),
+            baseline_rewards=module.gather_rows(baseline_rewards),
             baseline_group_ids=module.gather_rows(rollout.group_ids).long(),
             prompt_values=None if values is None else module.gather_rows(values),
             value_explained_var=None if values is None or explained is None else float(explained),
@@ -265,32 +269,31 @@ def check_options(options: SwitchOptions, module: GRPOModule) -> None:
     Raises:
         ValueError: groups that are too small, or a critic that is missing or cannot be made.
     """
+    if isinstance(module.algorithm, PPO):
+        raise ValueError(
+            "model.algorithm is that of the GRPO family: for PPO set switch.algorithm to ppo, "
+            "its options in model.ppo, and model.critic.form"
+        )
     if options.may_use_grpo:
         module.algorithm.check_group_size(module.settings.group_size)
     if not options.may_use_ppo:
         return
+    num_ppo = options.num_iterations if options.first_stage == "warmup" else None
+    if num_ppo is not None and options.num_warmup_iterations >= num_ppo:
+        raise ValueError(
+            f"model.critic.num_warmup_iterations {options.num_warmup_iterations} is as long as PPO "
+            f"lasts (switch.num_iterations {num_ppo}): the policy would never move under PPO"
+        )
     module.ppo.check_group_size(module.settings.group_size)
     if module.critic_settings is None:
         raise ValueError(
             "switch may use PPO (switch.algorithm, num_iterations or rule), but there is no "
             "critic: set model.critic.form to head, lora or separate"
         )
+    if module.critic_settings.name_or_path is not None:
+        check_reward_model(module.critic_settings.name_or_path, module.tokenizer)
     if module.critic_settings.form == "lora" and module.load_options["lora"] is None:
         raise ValueError(
             "model.critic.form lora puts the critic's adapters on the base of a LoRA policy, but "
             "model.lora is not set: set it, or use form head or separate"
         )
-
-
-def prompt_values(module: GRPOModule, rollout: Rollout) -> Tensor | None:
-    """What the critic predicts of each row's reward from the prompt alone; None without one."""
-    if rollout.values is None or rollout.rewards is None:
-        return None
-    values = rollout.values[:, 0].double()
-    if module.ppo.reward_baseline == "leave_one_out":
-        # The critic predicts how much a row differs from its siblings, whose mean comes back here.
-        relative = group_advantages(
-            rollout.rewards, rollout.group_ids, baseline="leave_one_out", scale="none"
-        )
-        values = values + (rollout.rewards - relative)
-    return torch.where(rollout.rewards.isnan(), math.nan, values)

@@ -188,7 +188,7 @@ def with_config(args: Sequence[str]) -> list[str]:
     Raises:
         ValueError: the checkpoint is not there.
     """
-    args = _resolve_config_names(args)
+    args = resolve_config_names(args)
     names = [arg.split("=")[0] for arg in args]
     if not args or args[0].startswith("-") or "--config" in names or "-c" in names:
         return args
@@ -207,7 +207,8 @@ def _implied_config(args: Sequence[str]) -> Path | None:
     return (newest_config(run_dir) if run_dir is not None else None) or quickstart
 
 
-def _resolve_config_names(args: Sequence[str]) -> list[str]:
+def resolve_config_names(args: Sequence[str]) -> list[str]:
+    """A command line with the `package://` names of its configurations as paths."""
     resolved = list(args)
     for position, arg in enumerate(resolved):
         option, equals, value = arg.partition("=")

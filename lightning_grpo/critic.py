@@ -39,7 +39,8 @@ class CriticSettings:
         max_grad_norm: the critic's gradient is clipped to this norm, apart from the policy's; null
             never clips it.
         num_warmup_iterations: iterations at the start of a PPO run in which the critic learns and
-            the policy does not move.
+            the policy does not move; on the way from GRPO, the least for which the critic learns
+            beside it.
     """
 
     form: CriticForm = "head"
@@ -87,8 +88,7 @@ class ValueHead(nn.Module):
 
     V = h . w + b,  w = 0 and b = 0 at first
 
-    Source: N Implementation Details of RLHF with PPO (zero initialisation is a departure that makes
-    the first advantages those without a critic).
+    Source: N Implementation Details of RLHF with PPO, which starts it at zero too.
 
     Args:
         hidden_size: H, width of the hidden states.
@@ -250,21 +250,41 @@ def remove_critic(critic: nn.Module, policy: Policy) -> None:
         remove_adapter(policy.model, CRITIC_ADAPTER)  # type: ignore[arg-type]
 
 
-def _load_reward_model(path: str, policy: Policy, tokenizer: Any) -> tuple[nn.Module, ValueHead]:
-    path = resolve_package_path(path)
-    theirs = load_tokenizer(path)
+def check_reward_model(path: str, tokenizer: Any) -> Any:
+    """Refuse a folder whose model cannot start a critic, without reading its weights.
+
+    Args:
+        path: of `model.critic.name_or_path`.
+        tokenizer: the policy's.
+
+    Returns:
+        Its configuration.
+
+    Raises:
+        ValueError: nothing is there, or a model with another vocabulary or several outputs.
+    """
+    try:
+        theirs = load_tokenizer(resolve_package_path(path))
+        config = AutoConfig.from_pretrained(resolve_package_path(path), trust_remote_code=False)
+    except OSError as error:
+        raise ValueError(f"model.critic.name_or_path {path!r} cannot be read: {error}") from error
     if theirs.get_vocab() != tokenizer.get_vocab():
         raise ValueError(
             f"model.critic.name_or_path {path!r} has another vocabulary than the policy "
             f"({len(theirs)} tokens against {len(tokenizer)}), but a critic reads the policy's "
             "token ids: use a reward model of the policy's family, or null to copy the policy"
         )
-    config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     if config.num_labels != 1:
         raise ValueError(
             f"model.critic.name_or_path {path!r} has {config.num_labels} outputs (num_labels); a "
             "reward model has one"
         )
+    return config
+
+
+def _load_reward_model(path: str, policy: Policy, tokenizer: Any) -> tuple[nn.Module, ValueHead]:
+    config = check_reward_model(path, tokenizer)
+    path = resolve_package_path(path)
     dtype = next(policy.trunk.parameters()).dtype
     model, loading = AutoModelForSequenceClassification.from_pretrained(
         path, config=config, dtype=dtype, trust_remote_code=False, output_loading_info=True

@@ -27,9 +27,8 @@ from lightning_grpo.critic import (
     remove_critic,
 )
 from lightning_grpo.distributed import TrainingStopped
-from lightning_grpo.policy import Policy
-from lightning_grpo.sharding import shard_critic
-from lightning_grpo.snapshot import gather_no_more
+from lightning_grpo.policy import Policy, gather_no_more
+from lightning_grpo.sharding import forget_shards, shard_critic
 from lightning_grpo.stages import Stage, has_critic, moves_policy
 
 if TYPE_CHECKING:
@@ -127,6 +126,7 @@ def detach_critic(module: GRPOModule) -> None:
             parameter.grad = None
             optimizer.state.pop(parameter, None)
         parameters.clear()
+    forget_shards(module.policy, own_layers(module.critic, module.policy))
     remove_critic(module.critic, module.policy)
     module.critic = None
     gc.collect()
@@ -184,6 +184,7 @@ def call_before_loading(strategy: Strategy, prepare: Callable[[Path], None]) -> 
         strategy: of the Trainer.
         prepare: gets the path.
     """
+    vars(strategy).pop("load_checkpoint", None)  # of an earlier fit
     load = strategy.load_checkpoint
 
     def load_checkpoint(checkpoint_path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:

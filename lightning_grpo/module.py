@@ -100,6 +100,7 @@ class GRPOModule(L.LightningModule):
         old_logprobs: recompute the old log-probs with a forward, trust the sampler's, or (auto)
             trust them in fp32 when the first rollout shows that they agree within 1e-5.
         max_nonfinite_steps: stop after so many skipped steps in a row.
+        check_memory: refuse a fit whose estimated memory is above that of its device.
     """
 
     stage: Stage = "grpo"
@@ -108,6 +109,7 @@ class GRPOModule(L.LightningModule):
     """What is wrong with the critic, until it is freed for it."""
     num_critic_failures: int = 0
     """Critics that were freed because they gave no finite numbers."""
+    _is_ready_to_fit: bool = False
     may_use_critic: bool = True
     """Whether PPO can come up at all in this run."""
     num_critic_warmup_iterations: int = 0
@@ -144,6 +146,7 @@ class GRPOModule(L.LightningModule):
         old_policy: Literal["logprobs", "weights"] = "logprobs",
         old_logprobs: Literal["auto", "recompute", "sampler"] = "auto",
         max_nonfinite_steps: int = 3,
+        check_memory: bool = True,
     ) -> None:
         super().__init__()
         if beta < 0:
@@ -171,6 +174,7 @@ class GRPOModule(L.LightningModule):
         self.num_warmup_steps = num_warmup_steps
         self.microbatch_tokens = microbatch_tokens
         self.old_policy_form = old_policy
+        self.check_memory = check_memory
         self.old_logprobs = old_logprobs
 
         path = resolve_package_path(tokenizer or name_or_path)
@@ -203,14 +207,21 @@ class GRPOModule(L.LightningModule):
         """Refuse what cannot work, and find out where the run writes (on rank 0, for all)."""
         refuse_unsupported(self.trainer, stage)
         if stage == "fit":
-            refuse_what_cannot_fit(self, self.trainer)
+            if self.check_memory:
+                refuse_what_cannot_fit(self, self.trainer)
             call_before_loading(self.trainer.strategy, self._make_room_for)
         self.run_dir = Path(self.trainer.log_dir or self.trainer.default_root_dir)
 
     def configure_model(self) -> None:
-        """Load the policy, shard it under FSDP2, and take the reference."""
-        if self.policy is not None:
-            return
+        """Load the policy, shard it under FSDP2; for a fit take the reference, make the critic."""
+        if self.policy is None:
+            self._load_policy()
+        if self.trainer.state.fn == "fit":
+            if not self._is_ready_to_fit:
+                self._take_reference()
+            enter_stage(self, self.stage)
+
+    def _load_policy(self) -> None:
         with torch.random.fork_rng(devices=[]):
             # Random weights and adapters have to be the same on every rank.
             torch.default_generator.manual_seed(self.settings.seed)
@@ -219,21 +230,29 @@ class GRPOModule(L.LightningModule):
             )
         self.strict_loading = not policy.is_lora
         is_fitting = self.trainer.state.fn == "fit"
-        needs_reference = self.beta > 0 and is_fitting
-        if needs_reference and self.trainer.is_global_zero:
+        if self.beta > 0 and is_fitting and self.trainer.is_global_zero:
             self.initial_hash = frozen_reference_hash(policy)
         if self.device_mesh is not None:
             check_mesh(self.device_mesh)
             shard_policy(policy, self.device_mesh["data_parallel"])
-        self.reference = Reference(policy) if needs_reference else None
-        if self.old_policy_form == "weights" and is_fitting:
-            self.old_policy = WeightSnapshot(policy)
-        self.policy = policy.train() if is_fitting else policy
-        if is_fitting:
-            enter_stage(self, self.stage)
+        self.policy = policy
+
+    def _take_reference(self) -> None:
+        if self.beta > 0 and not self.initial_hash and self.trainer.is_global_zero:
+            if self.device_mesh is not None:
+                raise ValueError(
+                    "under FSDP2 a module that was validated first cannot be fitted: make another"
+                )
+            self.initial_hash = frozen_reference_hash(self.policy)
+        self.reference = Reference(self.policy) if self.beta > 0 else None
+        self.old_policy = WeightSnapshot(self.policy) if self.old_policy_form == "weights" else None
+        self.policy.train()
+        self._is_ready_to_fit = True
 
     def _make_room_for(self, path: Path) -> None:
         """Build or free the critic as a checkpoint needs it, whose weights are loaded next."""
+        if self.trainer.state.fn != "fit":
+            return
         saved = read_checkpoint(path)[KEY]
         check_record(self, saved)
         enter_stage(self, saved["stage"])
@@ -260,7 +279,10 @@ class GRPOModule(L.LightningModule):
     def on_fit_start(self) -> None:
         """Warn of settings that train nothing or not what they seem to."""
         warn_of_lost_updates(self.policy, self.trainer.optimizers[0])
-        warn_of_idle_kl(self.algorithm, self.beta)
+        algorithms: dict[str, object] = {"model.algorithm": self.algorithm}
+        if self.critic_settings is not None and self.may_use_critic:
+            algorithms["model.ppo"] = self.ppo
+        warn_of_idle_kl(algorithms, self.loss_beta)
 
     def on_train_start(self) -> None:
         """Settle the reference, after a checkpoint was loaded or a cold start was made."""
@@ -540,9 +562,13 @@ class GRPOModule(L.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take back what `on_save_checkpoint` added; to measure a policy, leave its critic out."""
         restore_record(self, checkpoint[KEY])
+        self.queue.clear()
+        self.rollout = None
         if self.trainer.state.fn != "fit" and "state_dict" in checkpoint:
-            state = checkpoint["state_dict"]
-            checkpoint["state_dict"] = {k: v for k, v in state.items() if k[:7] != "critic."}
+            saved, own = checkpoint["state_dict"], self.state_dict()
+            policy = {k: v for k, v in saved.items() if not k.startswith("critic.")}
+            critic = {k: v for k, v in own.items() if k.startswith("critic.")}
+            checkpoint["state_dict"] = policy | critic
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """The weights of policy and critic; of what is under LoRA the adapters only."""

@@ -107,6 +107,7 @@ class Policy(nn.Module):
         Args:
             is_frozen: whether its parameters take no gradients.
         """
+        gather_no_more(self)  # the parameters that stay are the sharded ones
         for parameter in self.trainable().values():
             parameter.requires_grad_(not is_frozen)
 
@@ -308,6 +309,15 @@ def load_policy(
     if activation_checkpointing:
         policy.checkpoint_activations()
     return policy
+
+
+def gather_no_more(module: nn.Module) -> None:
+    """Shard what FSDP2 has left whole on this rank; the root stays so after a forward."""
+    from torch.distributed.fsdp import FSDPModule
+
+    for part in module.modules():
+        if isinstance(part, FSDPModule):
+            part.reshard()
 
 
 def checkpoint_activations(model: Any, **options: Any) -> None:

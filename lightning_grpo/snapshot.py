@@ -9,18 +9,10 @@ from collections.abc import Iterator
 from types import FrameType
 
 import torch
-from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from lightning_grpo.policy import Policy
-
-
-def gather_no_more(module: nn.Module) -> None:
-    """Shard what FSDP2 has left whole on this rank; the root stays so after a forward."""
-    for part in module.modules():
-        if isinstance(part, FSDPModule):
-            part.reshard()
+from lightning_grpo.policy import Policy, gather_no_more
 
 
 def local_weights(policy: Policy) -> dict[str, Tensor]:

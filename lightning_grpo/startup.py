@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 
 import lightning as L
 from lightning.pytorch.accelerators import MPSAccelerator
 from lightning.pytorch.strategies import FSDPStrategy
 from torch.optim import Optimizer
 
-from lightning_grpo.algorithms import Algorithm
 from lightning_grpo.policy import Policy
 
 # Below it, an update of a bf16 weight is usually smaller than half the distance to the next one.
@@ -48,9 +48,9 @@ def warn_of_lost_updates(policy: Policy, optimizer: Optimizer) -> None:
 
     Args:
         policy: whose weights are trained.
-        optimizer: with its learning rates.
+        optimizer: with the group of the policy first.
     """
-    rate = max(group["lr"] for group in optimizer.param_groups)
+    rate = optimizer.param_groups[0]["lr"]
     if policy.rounds_small_updates and rate < MIN_HALF_PRECISION_LR:
         warnings.warn(
             f"the weights are in half precision and the learning rate is {rate:.1e}: most updates "
@@ -60,16 +60,17 @@ def warn_of_lost_updates(policy: Policy, optimizer: Optimizer) -> None:
         )
 
 
-def warn_of_idle_kl(algorithm: Algorithm, beta: float) -> None:
+def warn_of_idle_kl(algorithms: Mapping[str, object], loss_beta: float) -> None:
     """Warn when the KL to the reference is paid for and holds nothing.
 
     Args:
-        algorithm: of the run.
-        beta: weight of the KL.
+        algorithms: those that may run, by the name of their option.
+        loss_beta: weight of the KL in the loss.
     """
-    if beta > 0 and getattr(algorithm, "kl_estimator", None) == "k1":
-        warnings.warn(
-            "model.algorithm.kl_estimator k1 has no gradient in expectation, so model.beta holds "
-            "nothing: use k3 or reverse",
-            stacklevel=2,
-        )
+    for option, algorithm in algorithms.items():
+        if loss_beta > 0 and getattr(algorithm, "kl_estimator", None) == "k1":
+            warnings.warn(
+                f"{option}.kl_estimator k1 has no gradient in expectation, so model.beta holds "
+                "nothing: use k3 or reverse",
+                stacklevel=2,
+            )

@@ -99,8 +99,10 @@ def decide(
     stage = evidence.stage
     state.num_in_stage += 1
     wanted, reason = wanted_algorithm(options, state, evidence)
-    if is_critic_barred or state.num_refusals:
+    if is_critic_barred:
         wanted, reason = "grpo", "a critic has failed before"
+    elif state.num_refusals:
+        wanted, reason = "grpo", "a critic did not get good enough before"
     if wanted == "grpo":
         return Decision("grpo", reason)
     if stage == "grpo":
@@ -162,8 +164,10 @@ def _after_handover(options: SwitchOptions, state: SwitchState, evidence: Eviden
     num_needed = max(options.num_warmup_iterations, 2)
     has_learned = state.num_in_stage >= num_needed
     ratio = evidence.errors.ratio
+    # One that says the same everywhere may pass by the ratio, when successes are rare.
+    explained = max(evidence.errors.explained_var or 0.0, evidence.value_explained_var or 0.0)
     is_good = options.handover_ratio is None or (
-        ratio is not None and ratio <= options.handover_ratio
+        ratio is not None and ratio <= options.handover_ratio and explained > 0
     )
     if has_learned and is_good:
         return Decision("ppo", "the critic is good enough")

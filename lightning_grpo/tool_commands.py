@@ -60,14 +60,17 @@ def split_overrides(
         fit_sections: such as model and rollout.
 
     Returns:
-        The tool's own, and those of `fit`.
+        The tool's own, and those of `fit`; a second `--config` and later ones are of `fit`, which
+        reads them on top of the first.
     """
     own: list[str] = []
     overrides: list[str] = []
-    current = own
+    current, num_configs = own, 0
     for word in options:
         if word.startswith("--"):
             section = word[2:].partition("=")[0].partition(".")[0]
-            current = overrides if section in fit_sections else own
+            num_configs += section == "config"
+            is_later_config = section == "config" and num_configs > 1
+            current = overrides if section in fit_sections or is_later_config else own
         current.append(word)
     return own, overrides

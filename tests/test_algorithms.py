@@ -553,3 +553,37 @@ def test_every_algorithm_can_be_named_in_a_config(algorithm):
     path = f"lightning_grpo.algorithms.{algorithm.__name__}"
     config = parser.parse_args([f"--algorithm={path}", "--algorithm.entropy_coef=0.25"])
     assert config.algorithm.init_args.entropy_coef == 0.25
+
+
+@pytest.mark.parametrize("baseline", ["none", "leave_one_out"])
+def test_an_exact_critic_has_no_error_at_the_prompt_whatever_shapes_the_reward(baseline):
+    """Two groups of two tokens each; KL in the reward, a penalty and a discount."""
+    mask = torch.tensor([[True, True], [True, False], [True, True], [True, True]])
+    scores = torch.tensor([3.0, 3.0, 5.0, 5.0], dtype=torch.float64)
+    kl = torch.tensor([[0.2, 0.4], [0.6, 9.0], [0.0, 0.0], [0.0, 0.0]])
+    truncated = torch.tensor([False, False, True, True])
+    # beta 0.5, gamma 0.5, penalty 1: sum of gamma^t times what each token brings.
+    totals = [-0.1 + 0.5 * (3 - 0.2), 3 - 0.3, 0.5 * (5 - 1), 0.5 * (5 - 1)]
+    siblings = [totals[1], totals[0], totals[3], totals[2]]
+    expected = torch.tensor(totals, dtype=torch.float64)
+    values = expected if baseline == "none" else expected - torch.tensor(siblings).double()
+    rollout = Rollout(
+        prompt_ids=torch.zeros(4, 1, dtype=torch.int64),
+        prompt_mask=torch.ones(4, 1, dtype=torch.bool),
+        completion_ids=torch.zeros(4, 2, dtype=torch.int64),
+        completion_mask=mask,
+        action_mask=mask,
+        sampler_logprobs=torch.zeros(4, 2),
+        group_ids=torch.tensor([0, 0, 1, 1]),
+        truncated=truncated,
+        rewards=scores,
+        old_logprobs=kl,
+        ref_logprobs=torch.zeros(4, 2),
+        values=torch.stack([values, torch.zeros(4).double()], dim=1).float(),
+    )
+    ppo = PPO(gamma=0.5, truncation_penalty=1.0, reward_baseline=baseline, gae_lambda=0.3)
+    target, prediction = ppo.at_prompt(rollout, beta=0.5)
+    torch.testing.assert_close(target, expected, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(prediction, expected, rtol=1e-6, atol=1e-6)
+    unscored = rollout.replace(rewards=torch.tensor([3.0, math.nan, 5.0, 5.0]).double())
+    assert ppo.at_prompt(unscored, beta=0.5)[0].isnan().tolist() == [False, True, False, False]

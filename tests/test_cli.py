@@ -231,9 +231,9 @@ def test_options_win_over_what_the_checkpoint_was_made_with(char_model):
     options = ["--trainer.max_steps", "6", "--rollout.group_size", "4", "--model.beta", "0.5"]
     optimizer = ["--model.optimizer.lr", "5e-4", "--model.optimizer.weight_decay", "0.25"]
     state = resumed_state(*options, *optimizer)
-    (group,) = state["optimizer_states"][0]["param_groups"]
+    group, _ = state["optimizer_states"][0]["param_groups"]
     assert (group["lr"], group["initial_lr"], group["weight_decay"]) == (5e-4, 5e-4, 0.25)
-    assert state["lr_schedulers"][0]["base_lrs"] == [5e-4]
+    assert state["lr_schedulers"][0]["base_lrs"][0] == 5e-4
     assert state["lightning_grpo"]["beta"] == 0.5
     assert state["lightning_grpo"]["counters"]["completions"] == 2 * 4 * 2 + 4 * 4
     state = resumed_state("--trainer.max_steps", "8", "--model.beta", "0.5", *optimizer)

@@ -11,7 +11,7 @@ import torch
 from distributed_runs import same_bits
 from lightning.pytorch import Trainer
 from runs import make_data, make_module, make_trainer
-from switch_runs import STOPS
+from switch_runs import STOPS, switching_fit
 from torch import Tensor, nn
 from transformers import (
     GPT2Config,
@@ -529,3 +529,56 @@ def test_a_critic_is_in_the_checkpoint_and_in_nobodys_way(char_model, form, tmp_
 def test_settings_that_make_no_sense_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         CriticSettings(**options)
+
+
+def test_a_module_that_was_fitted_can_be_measured_from_a_checkpoint_with_a_critic(
+    char_model, tmp_path
+):
+    rows = [{"prompt": f"{i}=", "answer": str(i)} for i in range(4)]
+    for num_iterations, stage in ((4, "ppo"), (7, "grpo")):
+        trainer, module, *_ = switching_fit(
+            char_model, num_iterations=num_iterations, save_to=str(tmp_path)
+        )
+        assert module.stage == stage
+        for iteration in (1, 4):
+            path = f"{tmp_path}/{iteration}.ckpt"
+            data = make_data(val_data=rows)
+            trainer.validate(module, datamodule=data, ckpt_path=path, verbose=False)
+            saved = torch.load(path, weights_only=True)["state_dict"]
+            name = "policy.model.model.norm.weight"
+            assert torch.equal(module.state_dict()[name], saved[name])
+            assert (module.critic is not None) == (stage == "ppo")
+
+
+def test_a_module_that_was_validated_first_is_fitted_as_if_it_was_new(char_model):
+    rows = [{"prompt": f"{i}=", "answer": str(i)} for i in range(4)]
+    weights = []
+    for is_validated in (False, True):
+        module = make_module(char_model, critic=CriticSettings(), beta=0.1)
+        data = make_data(val_data=rows)
+        if is_validated:
+            make_trainer().validate(module, datamodule=data, verbose=False)
+        trainer = make_trainer(switch={"algorithm": "ppo"}, max_epochs=-1, max_steps=2)
+        trainer.fit(module, datamodule=make_data())
+        assert module.stage == "ppo" and module.reference is not None
+        weights.append({name: p.detach().clone() for name, p in module.named_parameters()})
+    assert same_bits(*weights)
+
+
+def test_a_reward_model_that_is_not_there_is_refused_before_the_run(char_model, tmp_path):
+    critic = CriticSettings("separate", name_or_path=str(tmp_path / "nothing"))
+    trainer = make_trainer(switch={"algorithm": "grpo", "num_iterations": 2})
+    with pytest.raises(ValueError, match=r"model.critic.name_or_path .* cannot be read"):
+        trainer.fit(make_module(char_model, critic=critic), datamodule=make_data())
+
+
+def test_ppo_in_the_place_of_a_group_algorithm_is_refused(char_model):
+    with pytest.raises(ValueError, match="for PPO set switch.algorithm to ppo"):
+        make_trainer().fit(make_module(char_model, algorithm=PPO()), datamodule=make_data())
+
+
+def test_a_warmup_as_long_as_ppo_lasts_is_refused(char_model):
+    critic = CriticSettings(num_warmup_iterations=3)
+    trainer = make_trainer(switch={"algorithm": "ppo", "num_iterations": 3})
+    with pytest.raises(ValueError, match="3 is as long as PPO lasts"):
+        trainer.fit(make_module(char_model, critic=critic), datamodule=make_data())

@@ -14,7 +14,7 @@ from runs import make_data, make_module, make_trainer, spread_reward
 
 from lightning_grpo.algorithms import GRPO
 from lightning_grpo.callbacks import DynamicSampling
-from lightning_grpo.module import GRPOModule
+from lightning_grpo.critic import CriticSettings
 from lightning_grpo.types import Rollout, join_rollouts, select_rows
 
 ROWS = [{"prompt": f"{i % 10}{(7 * i) % 10}=", "answer": str(i)} for i in range(48)]
@@ -138,11 +138,23 @@ def test_off_is_as_if_it_was_not_there(char_model):
     assert module.counters.completions == 8
 
 
-def test_it_rests_when_the_algorithm_at_work_does_not_compare_siblings(char_model, monkeypatch):
-    monkeypatch.setattr(GRPOModule, "uses_group_baseline", False)
-    _, record, rounds = run(char_model, solved_sometimes(1), max_refills=3)
-    assert len(rounds.generated) == 1
-    assert answers(record.rollouts[0]) == [0, 1, 2, 3]
+def test_it_rests_while_there_is_a_critic_to_learn_from_the_prompts_as_they_come(char_model):
+    rounds, record = Rounds(), Record()
+    trainer = make_trainer(
+        reward=solved_sometimes(1),
+        sampling={"max_refills": 3},
+        switch={"algorithm": "grpo", "num_iterations": 1, "handover_ratio": None},
+        callbacks=[rounds, record],
+        group_size=2,
+        max_epochs=-1,
+        max_steps=4,
+    )
+    module = make_module(char_model, critic=CriticSettings())
+    trainer.fit(module, datamodule=make_data(ROWS, prompts_per_iteration=4))
+    stages = [rollout.values is not None for rollout in record.rollouts]
+    assert stages == [False, True, True, True]  # GRPO, twice the handover, PPO
+    # One rollout and three refills without a critic, one rollout each with one.
+    assert len(rounds.generated) == 4 + 3
 
 
 def test_each_rollout_is_selected_from_once_and_not_for_every_minibatch(char_model):

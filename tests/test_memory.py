@@ -13,10 +13,10 @@ import torch
 from command_lines import run, write_config
 from transformers import GPT2Config, Qwen2Config
 
-from lightning_grpo.memory import run as memory_run
 from lightning_grpo.adapters import Lora
 from lightning_grpo.critic import CriticSettings, critic_parameters, make_critic
 from lightning_grpo.forward import forward_rows
+from lightning_grpo.memory import run as memory_run
 from lightning_grpo.memory.activations import PassShape, RunnableModels, measure_pass, run_pass
 from lightning_grpo.memory.estimate import MemorySettings, estimate_memory
 from lightning_grpo.memory.fit import advice, check_fits, nearest_that_fits

@@ -254,20 +254,6 @@ def test_while_the_critic_warms_up_the_policy_rests(char_model, form, tmp_path: 
         assert same_bits(end_of(*again[:2])["weights"], end_of(trainer, module)["weights"])
 
 
-def test_a_schedule_that_ends_the_warmup_early_does_not_shorten_that_of_the_rate(char_model):
-    watch = Watch()
-    *_, stages = switching_fit(
-        char_model,
-        num_iterations=5,
-        switch={"algorithm": "ppo", "num_iterations": 2},
-        critic={"num_warmup_iterations": 3},
-        callbacks=[watch],
-    )
-    assert stages.stages == ["warmup", "warmup", "grpo", "grpo", "grpo"]
-    rates = [1e-2 * (5 - i) / 6 for i in range(6)]
-    assert [rate for rate, _ in watch.rates] == pytest.approx([1e-2] * 4 + rates, abs=1e-12)
-
-
 def test_beta_adapts_in_every_stage_and_goes_on_from_where_it_was(char_model):
     kl = {"target_nats_per_completion": 0.01, "horizon_completions": 320.0}
     _, module, record, stages = switching_fit(char_model, kl=kl)

@@ -7,7 +7,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from distributed_runs import on_two_ranks, same_bits, strategy_options, whole
+from distributed_runs import on_two_ranks, same_bits, strategy_options, weights_of, whole
 from runs import make_data, make_module, make_trainer
 from switch_runs import STOPS, PPOBetween, switch_and_resume
 from torch import Tensor
@@ -87,12 +87,51 @@ def positions_of(model: str, strategy: str, form: Any) -> dict[str, Any]:
     }
 
 
+def still_after_warmup(model: str, strategy: str, form: Any, precision: Any) -> list[str]:
+    """Parameters of the policy that PPO does not move after a critic's warm-up."""
+    positions = KeepPolicy()
+    module = make_module(
+        model, critic=CriticSettings(form, learning_rate=1e-2, num_warmup_iterations=1), beta=0.1
+    )
+    trainer = make_trainer(
+        rollout=STOPS,
+        switch={"algorithm": "ppo"},
+        callbacks=[positions],
+        precision=precision,
+        max_epochs=-1,
+        max_steps=3,
+        **strategy_options(strategy),
+    )
+    trainer.fit(module, datamodule=make_data())
+    start, warmed, after = positions.policy[0], positions.policy[1], positions.policy[-1]
+    assert same_bits(start, warmed)
+    return [name for name in start if torch.equal(start[name], after[name])]
+
+
+class KeepPolicy(L.Callback):
+    """The policy's weights at the start and at the end of each iteration."""
+
+    def __init__(self) -> None:
+        self.policy: list[dict[str, Tensor]] = []
+
+    def on_train_start(self, trainer: L.Trainer, module: GRPOModule) -> None:
+        self.policy.append(weights_of(module))
+
+    def on_iteration_end(self, trainer: L.Trainer, module: GRPOModule, rollout: Rollout) -> None:
+        self.policy.append(weights_of(module))
+
+
 def run_all(model: str, folder: str) -> dict[Any, Any]:
     """All runs of one process, and a validation from a checkpoint that holds a critic."""
     found: dict[Any, Any] = {}
     for (strategy, form), resumes in CASES.items():
         path = f"{folder}/{strategy}-{form}"
         found[strategy, form] = switch_and_resume(model, strategy, form, path, resumes)
+    found["warmup"] = {
+        "ddp": still_after_warmup(model, "ddp", "head", "32-true"),
+        "fsdp2": still_after_warmup(model, "fsdp2", "head", "32-true"),
+        "fsdp2, half": still_after_warmup(model, "fsdp2", "separate", "bf16-true"),
+    }
     for strategy in ("ddp", "fsdp2"):
         found[strategy, "positions"] = positions_of(model, strategy, "head")
         options = strategy_options(strategy)
@@ -171,3 +210,11 @@ def test_a_checkpoint_with_a_critic_can_be_validated(on_both, strategy):
     first, second = (result[strategy, "validation"] for result in on_both)
     assert first == second
     assert 0 <= first["val/reward"] <= 1
+
+
+def test_the_whole_policy_moves_after_a_critics_warmup(on_both):
+    for result in on_both:
+        assert result["warmup"]["ddp"] == []
+        assert result["warmup"]["fsdp2"] == []
+        # In half precision a step of 1e-3 may round away, but not in every embedding.
+        assert "model.model.embed_tokens.weight" not in result["warmup"]["fsdp2, half"]

@@ -16,13 +16,15 @@ from lightning_grpo.stages import Stage
 from lightning_grpo.switching import SwitchOptions, SwitchState, decide, enter, restored
 
 
-def evidence(iteration: int, stage: Stage, ratio: float | None = None) -> Evidence:
+def evidence(
+    iteration: int, stage: Stage, ratio: float | None = None, explained: float | None = 0.2
+) -> Evidence:
     return Evidence(
         iteration=iteration,
         stage=stage,
         dead=DeadGroups(0, 8, 0.0, Interval(0.0, 0.3)),
         variance=RewardVariance(1.0, 0.0, 0.0, 0.0, Interval(0.0, 1.0), 4.0, 8),
-        errors=BaselineErrors(1.0, ratio, ratio, None, None, 32),
+        errors=BaselineErrors(1.0, ratio, ratio, None, None if ratio is None else explained, 32),
         value_explained_var=None,
     )
 
@@ -321,3 +323,12 @@ def test_the_evidence_in_words():
         "within prompts and 0.0833 between them; squared error of the critic at the prompt 0.56 "
         "times that of the siblings' mean (0.00 to inf); explained variance of the returns 0.25"
     )
+
+
+def test_a_critic_that_says_the_same_everywhere_does_not_take_over():
+    """With a success rate of 0.15, one that says 0 has a ratio of 1.03 at 8 completions."""
+    state = SwitchState(num_in_stage=5)
+    options = SwitchOptions("grpo", num_iterations=1)
+    for explained, stage in ((-0.18, "handover"), (0.0, "handover"), (0.01, "ppo")):
+        found = evidence(9, "handover", 1.03, explained)
+        assert decide(options, state, found, is_critic_barred=False).stage == stage

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from lightning_grpo.tasks import SortDigits, sorted_exactly
+from lightning_grpo.tasks import ShiftedDigits, SortDigits, right_digits, sorted_exactly
 from lightning_grpo.types import CompletionText
 
 
@@ -98,3 +98,21 @@ def test_only_the_sorted_digits_are_rewarded():
 def test_impossible_arguments_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         SortDigits(**options)
+
+
+def test_shifted_digits_ask_for_each_digit_moved_on_by_three():
+    rows = ShiftedDigits(50, 16, seed=1)
+    row = rows[7]
+    assert len(row["prompt"]) == 17 and row["prompt"][-1] == "="
+    pairs = [(int(a), int(b)) for a, b in zip(row["prompt"], row["answer"])]
+    assert len(pairs) == 16 and all((a + 3 - b) % 10 == 0 for a, b in pairs)
+    assert row["completion"] == row["answer"]
+    assert [rows[i] for i in range(50)] == [ShiftedDigits(90, 16, seed=1)[i] for i in range(50)]
+    assert rows[0] != ShiftedDigits(50, 16, seed=2)[0]
+    with pytest.raises(ValueError, match="num_digits must be at least 1, got 0"):
+        ShiftedDigits(num_digits=0)
+
+
+def test_every_right_digit_counts_by_itself():
+    completions = ["7328", "732", "", "9328", "8327x", [{"role": "assistant", "content": "7328"}]]
+    assert right_digits(completions, ["7328"] * 6) == [4.0, 3.0, 0.0, 3.0, 2.0, 4.0]

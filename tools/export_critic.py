@@ -11,6 +11,7 @@ from lightning_grpo.critic import CriticSettings, make_critic
 from lightning_grpo.critic_export import write_critic
 from lightning_grpo.paths import resolve_package_path
 from lightning_grpo.policy import load_policy
+from lightning_grpo.reference import frozen_reference_hash
 from lightning_grpo.run_files import newest_config, run_dir_of
 from lightning_grpo.saved_run import KEY, read_checkpoint
 from lightning_grpo.tokenizing import load_tokenizer
@@ -29,19 +30,34 @@ def export_critic(ckpt_path: str, out: str, config: str | None = None) -> None:
         config: the run's configuration; the one that the run left beside its checkpoints when null.
     """
     path = Path(ckpt_path)
+    if path.is_dir():
+        raise ValueError(
+            f"--ckpt_path {ckpt_path} is a sharded checkpoint, but export_critic reads files: "
+            "save one with save_distributed_checkpoint false in trainer.strategy"
+        )
     if not path.is_file():
         raise ValueError(f"--ckpt_path {ckpt_path}: there is no such checkpoint file")
     saved = read_checkpoint(path)[KEY]
     if saved["stage"] == "grpo":
         raise ValueError(f"{ckpt_path} holds no critic: its run was on GRPO when it was saved")
-    options = read_run_config(["--config", str(config or _config_of(path))]).model
-    settings = critic_settings(options.get("critic"))
+    run = read_run_config(["--config", str(config or _config_of(path))])
+    settings = critic_settings(run.model.get("critic"))
     if settings is None:
         raise ValueError("model.critic is not set in the run's configuration")
-    write_from(path, options, settings, Path(out))
+    # Random weights that a LoRA run has not saved come back with its seed.
+    torch.manual_seed(run.rollout.seed if run.rollout.seed is not None else run.seed_everything)
+    write_from(path, run.model, settings, Path(out), base_sha256=base_hash(saved))
 
 
-def write_from(path: Path, options: Any, settings: CriticSettings, folder: Path) -> None:
+def base_hash(saved: dict[str, Any]) -> str:
+    """The hash of the base under a LoRA policy, if the checkpoint has it; else empty."""
+    record = saved["reference"]
+    return record["sha256"] if record and saved["is_lora"] and not record["folder"] else ""
+
+
+def write_from(
+    path: Path, options: Any, settings: CriticSettings, folder: Path, *, base_sha256: str = ""
+) -> None:
     """Load the critic of a checkpoint and write it.
 
     Args:
@@ -49,6 +65,10 @@ def write_from(path: Path, options: Any, settings: CriticSettings, folder: Path)
         options: the section `model` of the run's configuration.
         settings: of the critic.
         folder: to write to.
+        base_sha256: of the base under adapters, to check; not checked when empty.
+
+    Raises:
+        ValueError: checkpoint, configuration and model do not belong together.
     """
     source = resolve_package_path(options.tokenizer or options.name_or_path)
     tokenizer = load_tokenizer(source, revision=None if options.tokenizer else options.revision)
@@ -59,6 +79,8 @@ def write_from(path: Path, options: Any, settings: CriticSettings, folder: Path)
         revision=options.revision,
         lora=lora_of(options.lora),
     )
+    if base_sha256 and frozen_reference_hash(policy) != base_sha256:
+        raise ValueError("model.name_or_path does not hold the base that the run was trained on")
     critic = make_critic(settings, policy, tokenizer)
     state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["state_dict"]
     for prefix, module in (("policy.", policy), ("critic.", critic)):

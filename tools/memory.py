@@ -50,8 +50,8 @@ def memory(
         prompt_tokens: the longest prompt in tokens; data.max_prompt_tokens when null, and without
             that 256, or as many as the model's positions allow.
         devices: data-parallel ranks; those of the trainer when null.
-        sharding: none, ddp or fsdp2; that of the trainer's strategy when null, and fsdp2 when it
-            has none and there are several devices.
+        sharding: none, ddp or fsdp2; that of the trainer's strategy when null, and ddp when it has
+            none and there are several devices.
         device_memory_gb: memory of one device in units of 1e9 bytes; that of this machine when
             null. With it, a trainer that is not on the CPU is taken to be on a GPU.
         json: file to write the numbers to.

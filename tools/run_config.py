@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from transformers import Qwen2Config
 
 from lightning_grpo.adapters import Lora
-from lightning_grpo.cli import GRPOCLI, RunParser
+from lightning_grpo.cli import GRPOCLI, RunParser, resolve_config_names
 from lightning_grpo.critic import CriticSettings
 from lightning_grpo.data import PromptDataModule
 from lightning_grpo.memory.estimate import MemorySettings, Sharding
@@ -96,7 +96,7 @@ def read_run_config(args: list[str]) -> Namespace:
             GRPOModule,
             PromptDataModule,
             run=False,
-            args=args,
+            args=resolve_config_names(args),
             save_config_callback=None,
             auto_configure_optimizers=False,
             parser_class=RunParser,
@@ -235,6 +235,6 @@ def _sharding(strategy: Any, num_devices: int) -> Sharding:
     name = strategy if isinstance(strategy, str) else strategy.class_path
     if name.startswith("ddp") or name.endswith("DDPStrategy"):
         return "ddp"
-    if num_devices > 1 or name.endswith("ModelParallelStrategy"):
+    if name.endswith("ModelParallelStrategy"):
         return "fsdp2"
-    return "none"
+    return "ddp" if num_devices > 1 else "none"

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -147,6 +148,33 @@ class PPO:
         advantages = self._advantages(rollout, beta=beta, gae_lambda=self.critic_lambda)
         values = required(rollout, "values", NEEDS_CRITIC)
         return torch.where(rollout.action_mask, values + advantages, 0.0).float()
+
+    def at_prompt(self, rollout: Rollout, *, beta: float) -> tuple[Tensor, Tensor]:
+        """What each row came to, and what was expected of it at the prompt.
+
+        target = the discounted sum of the row's token rewards,  prediction = V + baseline
+
+        where the baseline is the siblings' mean under `reward_baseline: leave_one_out`, which the
+        critic does not see, and else 0.
+
+        Args:
+            rollout: B rows with rewards and values.
+            beta: weight of the KL in the reward, >= 0.
+
+        Returns:
+            Target and prediction, (B,) float64 each; NaN on rows that are not learned from.
+        """
+        plain = replace(self, reward_baseline="none", critic_lambda=1.0)
+        target = plain.returns(rollout, beta=beta)[:, 0].double()
+        is_out = ~rollout.action_mask[:, 0] | scores_of(rollout).isnan()
+        target = torch.where(is_out, math.nan, target)
+        prediction = required(rollout, "values", NEEDS_CRITIC)[:, 0].double()
+        if self.reward_baseline == "leave_one_out":
+            relative = group_advantages(
+                target, rollout.group_ids, baseline="leave_one_out", scale="none"
+            )
+            prediction = prediction + torch.where(is_out, 0.0, target - relative)
+        return target, prediction
 
     def value_loss(self, values: Tensor, rollout: Rollout) -> LossOutput:
         """The critic's loss at each token, without value_coef.

@@ -39,7 +39,7 @@ def check_fits(estimate: MemoryEstimate, limit: int) -> None:
     raise ValueError(
         f"the run would need about {_gb(estimate.peak)} GB on a device with {_gb(limit)} GB, in "
         f"its {phase} phase (GB: {largest}, ...); "
-        f"{advice(estimate.settings, limit)}"
+        f"{advice(estimate.settings, limit)}. It is an estimate: model.check_memory false goes on"
     )
 
 

@@ -3,12 +3,6 @@
 from __future__ import annotations
 
 from lightning_grpo.tasks.sort_digits import SortDigits, sorted_exactly
-from lightning_grpo.tasks.token_credit import LetterPoints, NoisyLetterPoints, letter_points
+from lightning_grpo.tasks.token_credit import ShiftedDigits, right_digits
 
-__all__ = [
-    "LetterPoints",
-    "NoisyLetterPoints",
-    "SortDigits",
-    "letter_points",
-    "sorted_exactly",
-]
+__all__ = ["ShiftedDigits", "SortDigits", "right_digits", "sorted_exactly"]

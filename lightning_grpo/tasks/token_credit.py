@@ -1,121 +1,74 @@
-"""Letters by their worth: an additive reward, to which every token contributes by itself."""
+"""Digits moved on by three: a reward that adds up over the tokens of the answer."""
 
 from __future__ import annotations
 
 import random
-import string
+from collections.abc import Sequence
 from typing import Any
 
 from lightning_grpo.rewards import completion_text
 from lightning_grpo.types import CompletionText
 
-# What a letter is worth in English Scrabble.
-POINTS = {
-    letter: points
-    for letters, points in (
-        ("aeilnorstu", 1),
-        ("dg", 2),
-        ("bcmp", 3),
-        ("fhvwy", 4),
-        ("k", 5),
-        ("jx", 8),
-        ("qz", 10),
-    )
-    for letter in letters
-}
-MOST_POINTS = 10
+_SHIFT = 3
 
 
-class LetterPoints:
-    """Rows that ask for letters of high worth, such as prompt `rka:` for 24 letters.
-
-    The letters of a prompt are drawn at random and count for nothing: a reward is a matter of the
-    completion alone. Each of its letters adds to the reward by itself, so that the credit of each
-    token is known, and a reward for the whole can be compared with credit per token.
+def shifted(digits: str) -> str:
+    """Each digit moved on by 3, from 9 back to 0.
 
     Args:
-        num_prompts: rows, >= 1; prompts may repeat.
-        num_letters: T, letters that a completion is to have, >= 1.
-        num_prompt_letters: letters of a prompt, >= 1.
-        seed: decides which prompts are drawn.
+        digits: such as 4095.
+
+    Returns:
+        Such as 7328.
+    """
+    return "".join(str((int(digit) + _SHIFT) % 10) for digit in digits)
+
+
+class ShiftedDigits:
+    """Rows of digit strings, such as prompt `4095=` and answer `7328`.
+
+    Each digit of the answer is right or wrong by itself, so that the credit of each token is
+    known, and one advantage for the whole completion can be compared with credit per token. The
+    `completion` column holds the answer too, for a supervised cold start.
+
+    Args:
+        num_prompts: rows, >= 1; with few digits they may repeat.
+        num_digits: T, digits of a prompt and of its answer, >= 1.
+        seed: decides which strings are drawn.
     """
 
-    def __init__(
-        self,
-        num_prompts: int = 4096,
-        num_letters: int = 24,
-        num_prompt_letters: int = 3,
-        seed: int = 0,
-    ) -> None:
-        for name, value in (
-            ("num_prompts", num_prompts),
-            ("num_letters", num_letters),
-            ("num_prompt_letters", num_prompt_letters),
-        ):
+    def __init__(self, num_prompts: int = 4096, num_digits: int = 16, seed: int = 0) -> None:
+        for name, value in (("num_prompts", num_prompts), ("num_digits", num_digits)):
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
-        generator = random.Random(f"letter_points/{seed}")
-        self._num_letters = num_letters
-        self._prompts = [
-            "".join(generator.choices(string.ascii_lowercase, k=num_prompt_letters)) + ":"
-            for _ in range(num_prompts)
+        generator = random.Random(f"shifted_digits/{num_digits}/{seed}")
+        self._digits = [
+            "".join(generator.choices("0123456789", k=num_digits)) for _ in range(num_prompts)
         ]
 
     def __len__(self) -> int:
-        return len(self._prompts)
+        return len(self._digits)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return {"prompt": self._prompts[index], "num_letters": self._num_letters}
+        digits = self._digits[index]
+        answer = shifted(digits)
+        return {"prompt": f"{digits}=", "answer": answer, "completion": answer}
 
 
-def letter_points(
-    completions: list[CompletionText], num_letters: list[int], **_: Any
+def right_digits(
+    completions: Sequence[CompletionText], answer: Sequence[str], **_: Any
 ) -> list[float]:
-    """Mean worth of the first T characters, from 0 to 1: missing ones and other signs are worth 0.
-
-    reward = sum over t < T of points(character t) / (10 * T)
+    """Number of places at which completion and answer hold the same digit.
 
     Args:
-        completions: B texts, or B message lists.
-        num_letters: B times T.
+        completions: B texts, or B message lists of which the last message counts.
+        answer: B right answers of T digits.
 
     Returns:
-        B rewards, from 0 to 1.
+        B rewards from 0 to T.
     """
     texts = [completion_text(completion) for completion in completions]
     return [
-        sum(POINTS.get(character, 0) for character in text[:length]) / (MOST_POINTS * length)
-        for text, length in zip(texts, num_letters, strict=True)
+        float(sum(x == y for x, y in zip(text, right)))
+        for text, right in zip(texts, answer, strict=True)
     ]
-
-
-class NoisyLetterPoints:
-    """`letter_points` with noise, as a judge has that errs.
-
-    The noise is drawn from prompt, completion and seed alone: the same completion of the same
-    prompt always gets the same reward.
-
-    Args:
-        noise_std: standard deviation of the noise, reward units, >= 0.
-        seed: decides the noise.
-    """
-
-    def __init__(self, noise_std: float = 0.3, seed: int = 0) -> None:
-        if not noise_std >= 0:
-            raise ValueError(f"noise_std must be at least 0, got {noise_std}")
-        self.noise_std = noise_std
-        self.seed = seed
-
-    def __call__(
-        self,
-        prompts: list[Any],
-        completions: list[CompletionText],
-        num_letters: list[int],
-        **_: Any,
-    ) -> list[float]:
-        """Rewards of B completions, in any range."""
-        exact = letter_points(completions, num_letters)
-        return [
-            points + random.Random(f"{self.seed}/{prompt}/{text}").gauss(0.0, self.noise_std)
-            for prompt, text, points in zip(prompts, completions, exact, strict=True)
-        ]
