@@ -135,7 +135,11 @@ class InnerEpochReplay(L.Callback):
                 )
             ]
         microbatches = [
-            split_microbatches(select_rows(rollout, part), module.microbatch_tokens)
+            split_microbatches(
+                select_rows(rollout, part),
+                module.microbatch_tokens,
+                is_packed=module.policy.is_packing,
+            )
             for part in rows
         ]
         equalize_over_ranks(module, microbatches)

@@ -31,7 +31,9 @@ class RolloutGeneration(L.Callback):
         top_p: keep the smallest set of tokens with at least this probability, (0, 1].
         max_completion_tokens: C, the longest completion in tokens, EOS included.
         stop_strings: texts that end a completion, besides the model's EOS ids.
-        engine: transformers runs every model through its own `generate`.
+        engine: native runs each prompt once for all its completions and drops finished ones; it
+            checks itself against the model first and gives way to transformers, which runs every
+            model through its own `generate`, where it cannot do one.
         max_rows: rows decoded at a time; 0 decodes all at once.
         num_val_samples: completions per prompt in validation, test and predict.
         pass_k: the k of pass@k, at most `num_val_samples`; that number itself when null.
@@ -48,7 +50,7 @@ class RolloutGeneration(L.Callback):
         top_p: float = 1.0,
         max_completion_tokens: int = 256,
         stop_strings: list[str] | None = None,
-        engine: EngineName = "transformers",
+        engine: EngineName = "native",
         max_rows: int = 0,
         num_val_samples: int = 4,
         pass_k: int | None = None,

@@ -16,8 +16,9 @@ from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassificati
 
 from lightning_grpo.adapters import Lora, add_adapter, remove_adapter
 from lightning_grpo.paths import resolve_package_path
-from lightning_grpo.policy import Policy, checkpoint_activations, zero_dropout
+from lightning_grpo.policy import Policy
 from lightning_grpo.tokenizing import load_tokenizer
+from lightning_grpo.trunk import checkpoint_activations, completion_states, zero_dropout
 from lightning_grpo.types import Rollout
 
 CriticForm = Literal["head", "lora", "separate"]
@@ -153,6 +154,7 @@ class LoraCritic(nn.Module):
             rows.completion_ids,
             rows.completion_mask,
             adapter=CRITIC_ADAPTER,
+            group_ids=rows.group_ids,
         )
         values: Tensor = self.head(states)
         return values
@@ -175,11 +177,9 @@ class SeparateCritic(nn.Module):
 
     def forward(self, policy: Policy, rows: Rollout, hidden: Tensor | None) -> Tensor:
         """Values (B, C + 1) from its own forward."""
-        inputs = policy.inputs(
-            rows.prompt_ids, rows.prompt_mask, rows.completion_ids, rows.completion_mask
-        )
-        states = self.trunk(**inputs).last_hidden_state
-        values: Tensor = self.head(states[:, -rows.completion_ids.shape[1] - 1 :])
+        ids = (rows.prompt_ids, rows.prompt_mask, rows.completion_ids, rows.completion_mask)
+        layout = policy.layout(self.trunk, *ids, rows.group_ids)
+        values: Tensor = self.head(completion_states(self.trunk, *ids, layout))
         return values
 
 

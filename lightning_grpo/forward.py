@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from lightning_grpo.critic import Critic
-from lightning_grpo.policy import Entropy, Policy, PolicyOutput
+from lightning_grpo.logprobs import Entropy
+from lightning_grpo.policy import Policy, PolicyOutput
 from lightning_grpo.replay import trim_padding
 from lightning_grpo.types import Rollout, select_rows
 
@@ -52,11 +53,17 @@ def forward_rows(
     ids = (rows.prompt_ids, rows.prompt_mask, rows.completion_ids, rows.completion_mask)
     output, hidden = None, None
     if with_logprobs:
-        output = policy(*ids, temperature=temperature, entropy=entropy, with_hidden=needs_hidden)
+        output = policy(
+            *ids,
+            temperature=temperature,
+            entropy=entropy,
+            with_hidden=needs_hidden,
+            group_ids=rows.group_ids,
+        )
         hidden = output.hidden
     elif needs_hidden:
         with torch.no_grad():
-            hidden = policy.hidden_states(*ids)
+            hidden = policy.hidden_states(*ids, group_ids=rows.group_ids)
     if hidden is not None and detach_hidden:
         hidden = hidden.detach()
     values = None if critic is None else critic(policy, rows, hidden)

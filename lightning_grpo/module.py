@@ -46,6 +46,7 @@ from lightning_grpo.optimization import (
     make_lr_scheduler,
     make_optimizer,
 )
+from lightning_grpo.packing_check import Packing, settle_packing
 from lightning_grpo.paths import resolve_package_path
 from lightning_grpo.policy import Dtype, Policy, eos_token_ids, load_policy
 from lightning_grpo.reference import Reference, frozen_reference_hash, settle_reference
@@ -83,6 +84,8 @@ class GRPOModule(L.LightningModule):
         lora: train low-rank adapters instead of all weights; the reference is then free.
         activation_checkpointing: recompute activations in the backward pass, for memory.
         dropout: keep the model's dropout during the update.
+        packing: forward the prompt of a group once for all its completions, and no padding (auto:
+            where the architecture allows it and a check at the start agrees), or row by row (off).
         algorithm: of the GRPO family: turns rewards into advantages and log-probs into a loss.
         ppo: the same with a critic, for the iterations that `switch` gives to PPO.
         critic: the critic of PPO; null allows none.
@@ -93,8 +96,8 @@ class GRPOModule(L.LightningModule):
         lr_schedule: course of the learning rate over the optimizer steps of the run, after a
             linear warm-up; linear and cosine end at 0.
         num_warmup_steps: optimizer steps over which the learning rate rises from 0.
-        microbatch_tokens: most tokens of one forward with gradients, padding counted. It
-            changes memory and speed, never the gradient.
+        microbatch_tokens: most tokens of one forward with gradients, padding counted where there
+            is any. It changes memory and speed, never the gradient.
         old_policy: keep the old policy as log-probs, or as a copy of the weights too, which a
             rollback needs.
         old_logprobs: recompute the old log-probs with a forward, trust the sampler's, or (auto)
@@ -110,6 +113,7 @@ class GRPOModule(L.LightningModule):
     num_critic_failures: int = 0
     """Critics that were freed because they gave no finite numbers."""
     _is_ready_to_fit: bool = False
+    _is_packing_settled: bool = False
     may_use_critic: bool = True
     """Whether PPO can come up at all in this run."""
     num_critic_warmup_iterations: int = 0
@@ -134,6 +138,7 @@ class GRPOModule(L.LightningModule):
         lora: Lora | None = None,
         activation_checkpointing: bool = False,
         dropout: bool = False,
+        packing: Packing = "auto",
         algorithm: Algorithm | None = None,
         ppo: PPO = PPO(),  # noqa: B008  # frozen
         critic: CriticSettings | None = None,
@@ -164,6 +169,7 @@ class GRPOModule(L.LightningModule):
             "activation_checkpointing": activation_checkpointing,
             "dropout": dropout,
         }
+        self.packing: Packing = packing
         self.algorithm: Algorithm = algorithm or GRPO()
         self.ppo = ppo
         self.critic_settings = critic
@@ -230,6 +236,8 @@ class GRPOModule(L.LightningModule):
             )
         self.strict_loading = not policy.is_lora
         is_fitting = self.trainer.state.fn == "fit"
+        if is_fitting:
+            self._settle_packing(policy)
         if self.beta > 0 and is_fitting and self.trainer.is_global_zero:
             self.initial_hash = frozen_reference_hash(policy)
         if self.device_mesh is not None:
@@ -237,7 +245,13 @@ class GRPOModule(L.LightningModule):
             shard_policy(policy, self.device_mesh["data_parallel"])
         self.policy = policy
 
+    def _settle_packing(self, policy: Policy) -> None:
+        settle_packing(policy, self.packing)
+        self._is_packing_settled = True
+
     def _take_reference(self) -> None:
+        if not self._is_packing_settled and self.device_mesh is None:
+            self._settle_packing(self.policy)  # it was loaded to be measured
         if self.beta > 0 and not self.initial_hash and self.trainer.is_global_zero:
             if self.device_mesh is not None:
                 raise ValueError(

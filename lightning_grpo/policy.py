@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
@@ -18,13 +17,25 @@ from transformers import (
 )
 
 from lightning_grpo.adapters import Lora, adapter_in_use, lora_config, same_adapter
-from lightning_grpo.logprobs import token_entropy, token_logprobs
-from lightning_grpo.masking import position_ids
+from lightning_grpo.logprobs import Entropy
+from lightning_grpo.output_layer import (
+    check_plain,
+    is_plain,
+    logprobs_of_model,
+    logprobs_of_states,
+    takes_num_logits,
+)
+from lightning_grpo.packing import PackedLayout
 from lightning_grpo.paths import resolve_package_path
+from lightning_grpo.trunk import (
+    checkpoint_activations,
+    completion_states,
+    layout_for,
+    padded_inputs,
+    zero_dropout,
+)
 
 Dtype = Literal["float32", "bfloat16", "auto"]
-# none: zeros; detached: for the metric alone; gradient: for an entropy bonus in the loss.
-Entropy = Literal["none", "detached", "gradient"]
 Result = TypeVar("Result")
 
 
@@ -51,12 +62,18 @@ class Policy(nn.Module):
             embedding and are never sampled nor counted.
     """
 
+    is_packing: bool
+    """Whether a forward takes each prompt once and no padding, see packing.py."""
+    has_plain_output: bool
+    """Whether the logits are one linear layer of the last hidden states, and need not be held."""
+
     def __init__(self, model: PreTrainedModel | PeftModel, num_tokens: int) -> None:
         super().__init__()
         self.model = model
         self.num_tokens = num_tokens
         self.is_checkpointing_activations = False
-        self._accepts = frozenset(inspect.signature(self.causal_lm.forward).parameters)
+        self.is_packing = False
+        self.has_plain_output = is_plain(self.causal_lm)
         # By name: sharding exchanges the parameters, and a critic may add an adapter or freeze us.
         self.trainable_names = frozenset(n for n, p in self.named_parameters() if p.requires_grad)
 
@@ -120,6 +137,7 @@ class Policy(nn.Module):
         temperature: float = 1.0,
         entropy: Entropy = "none",
         with_hidden: bool = False,
+        group_ids: Tensor | None = None,
     ) -> PolicyOutput:
         """Log-probs and entropies of completion tokens given their prompts.
 
@@ -134,28 +152,35 @@ class Policy(nn.Module):
             entropy: whether to compute the entropy, which costs as much as the log-probs, and
                 whether with gradients.
             with_hidden: return the last hidden states too.
+            group_ids: (B,) the group of each row, whose prompt a packed forward takes once.
 
         Returns:
-            Log-probs and entropies, (B, C) each; those off the mask mean nothing.
+            Log-probs and entropies, (B, C) each, 0 off the mask.
         """
-        num_logits = completion_ids.shape[1] + 1
-        inputs = self.inputs(prompt_ids, prompt_mask, completion_ids, completion_mask)
-        if "logits_to_keep" in self._accepts:
-            inputs["logits_to_keep"] = num_logits
-        with _input_of(self.causal_lm.get_output_embeddings(), with_hidden) as seen:
-            logits = self.model(**inputs).logits
-        # The last position predicts a token past the completion.
-        logits = logits[:, -num_logits:-1, : self.num_tokens]
-        logprobs = token_logprobs(logits, completion_ids, temperature=temperature)
-        entropies = torch.zeros_like(logprobs)
-        if entropy == "gradient":
-            entropies = token_entropy(logits, temperature=temperature)
-        elif entropy == "detached":
-            with torch.no_grad():  # row by row: its temporaries are as wide as the vocabulary
-                for row, row_logits in enumerate(logits.detach()):
-                    entropies[row] = token_entropy(row_logits[None], temperature=temperature)[0]
-        hidden = seen[0][:, -num_logits:] if with_hidden else None
-        return PolicyOutput(logprobs, entropies, hidden)
+        rows = (prompt_ids, prompt_mask, completion_ids, completion_mask)
+        layer: Any = self.causal_lm.get_output_embeddings()
+        options: dict[str, Any] = {
+            "num_tokens": self.num_tokens,
+            "temperature": temperature,
+            "entropy": entropy,
+        }
+        hidden: Tensor | None
+        if self.has_plain_output:
+            layout = self.layout(self.trunk, *rows, group_ids)
+            hidden = completion_states(self.trunk, *rows, layout)
+            selected = None if layout is None else completion_mask
+            logprobs, entropies = logprobs_of_states(
+                layer, hidden[:, :-1], completion_ids, selected, **options
+            )
+        else:
+            inputs = self.inputs(*rows)
+            if takes_num_logits(self.causal_lm):
+                inputs["logits_to_keep"] = completion_ids.shape[1] + 1
+            logprobs, entropies, hidden = logprobs_of_model(
+                self.model, layer, inputs, completion_ids, with_hidden=with_hidden, **options
+            )
+        logprobs, entropies = (torch.where(completion_mask, x, 0.0) for x in (logprobs, entropies))
+        return PolicyOutput(logprobs, entropies, hidden if with_hidden else None)
 
     def hidden_states(
         self,
@@ -164,6 +189,7 @@ class Policy(nn.Module):
         completion_ids: Tensor,
         completion_mask: Tensor,
         adapter: str | None = None,
+        group_ids: Tensor | None = None,
     ) -> Tensor:
         """Last hidden states of completions, without the output layer.
 
@@ -173,14 +199,25 @@ class Policy(nn.Module):
             completion_ids: (B, C) right-padded.
             completion_mask: (B, C) bool, True = real token.
             adapter: a LoRA adapter in place of the policy's own.
+            group_ids: (B,) the group of each row.
 
         Returns:
             (B, C + 1, H): those that predict each token, and that of the last token.
         """
-        inputs = self.inputs(prompt_ids, prompt_mask, completion_ids, completion_mask)
+        rows = (prompt_ids, prompt_mask, completion_ids, completion_mask)
         with self.adapter(adapter) if adapter else contextlib.nullcontext():
-            hidden: Tensor = self.trunk(**inputs).last_hidden_state
-        return hidden[:, -completion_ids.shape[1] - 1 :]
+            return completion_states(self.trunk, *rows, self.layout(self.trunk, *rows, group_ids))
+
+    def layout(self, trunk: nn.Module, *rows: Any) -> PackedLayout | None:
+        """How to forward rows packed through a trunk of the policy's kind, or None for not so.
+
+        Args:
+            trunk: the policy's, or that of a separate critic.
+            *rows: of `layout_for`.
+        """
+        if not self.is_packing or type(trunk) is not type(self.trunk):
+            return None
+        return layout_for(trunk, *rows)
 
     def inputs(
         self,
@@ -190,15 +227,8 @@ class Policy(nn.Module):
         completion_mask: Tensor,
     ) -> dict[str, Any]:
         """What a transformers model is called with for prompts and their completions."""
-        attention_mask = torch.cat([prompt_mask, completion_mask], dim=1)
-        inputs: dict[str, Any] = {
-            "input_ids": torch.cat([prompt_ids, completion_ids], dim=1),
-            "attention_mask": attention_mask.long(),
-            "use_cache": False,
-        }
-        if "position_ids" in self._accepts:
-            inputs["position_ids"] = position_ids(attention_mask)
-        return inputs
+        rows = (prompt_ids, prompt_mask, completion_ids, completion_mask)
+        return padded_inputs(self.causal_lm, *rows)
 
     def call_unsharded(self, function: Callable[[PreTrainedModel], Result]) -> Result:
         """Call `function` on the transformers model with every parameter whole on this rank.
@@ -233,11 +263,7 @@ class Policy(nn.Module):
 
     def checkpoint_activations(self) -> None:
         """Recompute activations in the backward pass, with the adapter of the forward."""
-
-        def contexts() -> tuple[Any, Any]:
-            return contextlib.nullcontext(), same_adapter(self.model)
-
-        checkpoint_activations(self.causal_lm, context_fn=contexts)
+        checkpoint_activations(self.causal_lm, lambda: same_adapter(self.model))
         self.is_checkpointing_activations = True
 
     @property
@@ -306,6 +332,8 @@ def load_policy(
     if lora is not None:
         model = get_peft_model(model, lora_config(lora))  # type: ignore[assignment]
     policy = Policy(model, num_tokens)
+    if policy.has_plain_output:
+        policy.has_plain_output = check_plain(policy.causal_lm, policy.trunk)
     if activation_checkpointing:
         policy.checkpoint_activations()
     return policy
@@ -318,47 +346,6 @@ def gather_no_more(module: nn.Module) -> None:
     for part in module.modules():
         if isinstance(part, FSDPModule):
             part.reshard()
-
-
-def checkpoint_activations(model: Any, **options: Any) -> None:
-    """Recompute the activations of a transformers model in the backward pass.
-
-    Args:
-        model: changed in place.
-        **options: of torch.utils.checkpoint.
-    """
-    # Renamed in transformers 5; the old name goes in 6.
-    enable = getattr(model, "activation_checkpointing_enable", None)
-    (enable or model.gradient_checkpointing_enable)({"use_reentrant": False} | options)
-
-
-def zero_dropout(model: nn.Module) -> None:
-    """Switch off every dropout of a model for good.
-
-    Args:
-        model: changed in place; its configuration is not.
-    """
-    # In the modules and not in the configuration, which is what an export writes.
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        for name, value in vars(module).items():
-            if "dropout" in name and isinstance(value, float):
-                setattr(module, name, 0.0)
-
-
-@contextlib.contextmanager
-def _input_of(layer: nn.Module, is_wanted: bool) -> Iterator[list[Tensor]]:
-    """What a layer gets as its input; a list that the layer's forward fills."""
-    seen: list[Tensor] = []
-    if not is_wanted:
-        yield seen
-        return
-    handle = layer.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-    try:
-        yield seen
-    finally:
-        handle.remove()
 
 
 def eos_token_ids(policy: Policy, tokenizer: PreTrainedTokenizerBase) -> list[int]:

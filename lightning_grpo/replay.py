@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from lightning_grpo.packing import num_packed_tokens
 from lightning_grpo.types import Rollout
 
 
@@ -50,38 +52,55 @@ def split_minibatches(rollout: Rollout, num_minibatches: int, *, shuffle_key: st
     return [torch.tensor(part, dtype=torch.int64) for part in rows]
 
 
-def split_microbatches(rollout: Rollout, max_tokens: int) -> list[Tensor]:
-    """Cut a minibatch into forwards of at most `max_tokens` tokens, padding counted.
+def split_microbatches(
+    rollout: Rollout, max_tokens: int, *, is_packed: bool = False
+) -> list[Tensor]:
+    """Cut a minibatch into forwards of at most `max_tokens` tokens.
 
     Groups of similar length go together; a group that is larger than the budget is split, and
     its prompt is then forwarded with each part.
 
     Args:
         rollout: the rows of one minibatch.
-        max_tokens: budget of one forward in padded tokens; a single row may exceed it.
+        max_tokens: budget of one forward; a single row may exceed it.
+        is_packed: whether a forward takes the prompt of a group once and no padding; otherwise
+            every row counts as the longest prompt and the longest completion.
 
     Returns:
         Tensors of row indices; every row is in exactly one.
     """
+    group_ids: list[int] = rollout.group_ids.tolist()
     prompt_lengths: list[int] = rollout.prompt_mask.sum(1).tolist()
     completion_lengths: list[int] = rollout.completion_mask.sum(1).tolist()
 
     def width(rows: list[int]) -> int:
         return max(prompt_lengths[r] for r in rows) + max(completion_lengths[r] for r in rows)
 
-    pieces: list[list[int]] = []
-    for group in _rows_by_group(rollout):
-        rows_that_fit = max(max_tokens // width(group), 1)
-        pieces += [group[i : i + rows_that_fit] for i in range(0, len(group), rows_that_fit)]
+    def cost(rows: list[int]) -> int:
+        if not is_packed:
+            return width(rows) * len(rows)
+        columns = (group_ids, prompt_lengths, completion_lengths)
+        return num_packed_tokens(*([column[r] for r in rows] for column in columns))
+
+    pieces = [part for group in _rows_by_group(rollout) for part in _cut(group, cost, max_tokens)]
     pieces.sort(key=width, reverse=True)
     microbatches: list[list[int]] = []
     for piece in pieces:
         joined = microbatches[-1] + piece if microbatches else piece
-        if microbatches and width(joined) * len(joined) <= max_tokens:
+        if microbatches and cost(joined) <= max_tokens:
             microbatches[-1] = joined
         else:
             microbatches.append(piece)
     return [torch.tensor(rows, dtype=torch.int64) for rows in microbatches]
+
+
+def _cut(group: list[int], cost: Callable[[list[int]], int], max_tokens: int) -> list[list[int]]:
+    """The fewest parts of equal size, but for the last, that stay within the budget."""
+    for size in range(len(group), 1, -1):
+        parts = [group[i : i + size] for i in range(0, len(group), size)]
+        if all(cost(part) <= max_tokens for part in parts):
+            return parts
+    return [[row] for row in group]
 
 
 def trim_padding(rollout: Rollout) -> Rollout:

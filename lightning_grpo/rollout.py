@@ -32,7 +32,7 @@ class RolloutSettings:
     group_size: int = 8
     sampling: Sampling = field(default_factory=Sampling)
     val_sampling: Sampling = field(default_factory=Sampling)
-    engine: EngineName = "transformers"
+    engine: EngineName = "native"
     max_rows: int = 0
     num_val_samples: int = 4
     pass_k: int = 4

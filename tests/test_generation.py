@@ -1,4 +1,4 @@
-"""The transformers engine: what is drawn, from what, and where it ends."""
+"""Both engines: what is drawn, from what, and where it ends."""
 
 from __future__ import annotations
 
@@ -6,7 +6,13 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from lightning_grpo.generation import Sampling, SamplingKey, TransformersEngine, build_engine
+from lightning_grpo.generation import (
+    NativeEngine,
+    Sampling,
+    SamplingKey,
+    TransformersEngine,
+    build_engine,
+)
 from lightning_grpo.generation.sampling import keyed_uniforms, sample_tokens
 from lightning_grpo.policy import Policy, load_policy
 from lightning_grpo.rollout import collect_rollout
@@ -31,6 +37,14 @@ def prompts(texts: list[str], tokenizer) -> PromptBatch:
 
 
 KEY = SamplingKey(seed=3, iteration=5)
+# The native engine must not pass by giving its work to the other one.
+pytestmark = pytest.mark.filterwarnings("error:.*native does not cover.*")
+
+
+@pytest.fixture(params=[NativeEngine, TransformersEngine], ids=["native", "transformers"])
+def make_engine(request: pytest.FixtureRequest) -> type:
+    """One engine after the other."""
+    return request.param
 
 
 def test_uniforms_depend_on_every_part_of_the_key_and_on_nothing_else():
@@ -89,9 +103,9 @@ def test_temperature_and_truncation_change_the_distribution_that_is_reported():
     assert (token.item(), greedy.item()) == (2, 0.0)
 
 
-def test_sampler_logprobs_are_those_of_the_training_forward(char_model: str):
+def test_sampler_logprobs_are_those_of_the_training_forward(make_engine, char_model: str):
     policy, tokenizer = load(char_model)
-    engine = TransformersEngine(policy, tokenizer, [1])
+    engine = make_engine(policy, tokenizer, [1])
     batch = prompts(["12=", "3=", "777777="], tokenizer)
     sampling = Sampling(temperature=0.7, max_completion_tokens=9)
     rollout = collect_rollout(engine, tokenizer, batch, sampling, 3, key=KEY)
@@ -104,19 +118,17 @@ def test_sampler_logprobs_are_those_of_the_training_forward(char_model: str):
     assert (other - rollout.sampler_logprobs)[rollout.completion_mask].abs().max() > 1e-2
 
 
-def test_a_row_does_not_depend_on_the_rows_beside_it(char_model: str):
+def test_a_row_does_not_depend_on_the_rows_beside_it(make_engine, char_model: str):
     policy, tokenizer = load(char_model)
     sampling = Sampling(max_completion_tokens=8)
     batch = prompts(["12=", "3=", "777777="], tokenizer)
-    whole = TransformersEngine(policy, tokenizer, [1]).generate(batch, sampling, 4, key=KEY)
-    parts = TransformersEngine(policy, tokenizer, [1], max_rows=5).generate(
-        batch, sampling, 4, key=KEY
-    )
+    whole = make_engine(policy, tokenizer, [1]).generate(batch, sampling, 4, key=KEY)
+    parts = make_engine(policy, tokenizer, [1], max_rows=5).generate(batch, sampling, 4, key=KEY)
     assert torch.equal(whole.completion_mask, parts.completion_mask)
     mask = whole.completion_mask
     assert torch.equal(whole.completion_ids[mask], parts.completion_ids[mask])
     alone = PromptBatch(batch.prompts[1:2], batch.prompt_ids[1:2], {}, [1])
-    single = TransformersEngine(policy, tokenizer, [1]).generate(alone, sampling, 4, key=KEY)
+    single = make_engine(policy, tokenizer, [1]).generate(alone, sampling, 4, key=KEY)
     for row in range(4):
         length = int(single.completion_mask[row].sum())
         assert length == int(mask[4 + row].sum())
@@ -125,9 +137,9 @@ def test_a_row_does_not_depend_on_the_rows_beside_it(char_model: str):
         )
 
 
-def test_siblings_and_iterations_get_different_draws(char_model: str):
+def test_siblings_and_iterations_get_different_draws(make_engine, char_model: str):
     policy, tokenizer = load(char_model, scale=1.0)
-    engine = TransformersEngine(policy, tokenizer, [])
+    engine = make_engine(policy, tokenizer, [])
     batch = prompts(["12=", "12="], tokenizer)
     sampling = Sampling(max_completion_tokens=12)
     first = engine.generate(batch, sampling, 3, key=KEY).completion_ids
@@ -137,10 +149,10 @@ def test_siblings_and_iterations_get_different_draws(char_model: str):
     assert torch.equal(first, engine.generate(batch, sampling, 3, key=KEY).completion_ids)
 
 
-def test_every_eos_id_ends_a_completion_and_is_part_of_it(char_model: str):
+def test_every_eos_id_ends_a_completion_and_is_part_of_it(make_engine, char_model: str):
     policy, tokenizer = load(char_model, scale=1.0)
     eos = [1, 5, 6, 7, 8, 9]
-    engine = TransformersEngine(policy, tokenizer, eos)
+    engine = make_engine(policy, tokenizer, eos)
     batch = prompts(["12="] * 8, tokenizer)
     result = engine.generate(batch, Sampling(max_completion_tokens=10), 4, key=KEY)
     ends = set()
@@ -156,19 +168,21 @@ def test_every_eos_id_ends_a_completion_and_is_part_of_it(char_model: str):
     assert any(result.truncated.tolist())
 
 
-def test_eos_as_the_very_first_token_gives_a_completion_of_one_token(char_model: str):
+def test_eos_as_the_very_first_token_gives_a_completion_of_one_token(make_engine, char_model: str):
     policy, tokenizer = load(char_model)
     everything = list(range(len(tokenizer)))
-    engine = TransformersEngine(policy, tokenizer, everything)
+    engine = make_engine(policy, tokenizer, everything)
     batch = prompts(["12="], tokenizer)
     result = engine.generate(batch, Sampling(max_completion_tokens=5), 2, key=KEY)
     assert result.completion_mask.sum(1).tolist() == [1, 1]
     assert not result.truncated.any()
 
 
-def test_a_stop_string_ends_a_completion_but_one_in_the_prompt_does_not(char_model: str):
+def test_a_stop_string_ends_a_completion_but_one_in_the_prompt_does_not(
+    make_engine, char_model: str
+):
     policy, tokenizer = load(char_model, scale=1.0)
-    engine = TransformersEngine(policy, tokenizer, [])
+    engine = make_engine(policy, tokenizer, [])
     batch = prompts(["a7=", "7 7="], tokenizer)
     sampling = Sampling(max_completion_tokens=40, stop_strings=["7", "ab"])
     result = engine.generate(batch, sampling, 6, key=KEY)
@@ -186,24 +200,26 @@ def test_a_stop_string_ends_a_completion_but_one_in_the_prompt_does_not(char_mod
     assert stopped > 3
 
 
-def test_the_models_own_generation_config_cannot_change_the_distribution(char_model: str):
+def test_the_models_own_generation_config_cannot_change_the_distribution(
+    make_engine, char_model: str
+):
     policy, tokenizer = load(char_model)
     batch = prompts(["12=", "9="], tokenizer)
     sampling = Sampling(max_completion_tokens=10)
-    before = TransformersEngine(policy, tokenizer, [1]).generate(batch, sampling, 4, key=KEY)
+    before = make_engine(policy, tokenizer, [1]).generate(batch, sampling, 4, key=KEY)
     config = policy.causal_lm.generation_config
     config.repetition_penalty = 5.0
     config.top_k = 1
     config.suppress_tokens = list(range(3, 20))
-    after = TransformersEngine(policy, tokenizer, [1]).generate(batch, sampling, 4, key=KEY)
+    after = make_engine(policy, tokenizer, [1]).generate(batch, sampling, 4, key=KEY)
     assert torch.equal(before.completion_ids, after.completion_ids)
     assert policy.causal_lm.generation_config is config
 
 
-def test_padding_rows_of_the_embedding_are_never_drawn(char_model: str):
+def test_padding_rows_of_the_embedding_are_never_drawn(make_engine, char_model: str):
     policy, tokenizer = load(char_model, scale=1.0)
     policy.num_tokens = 10
-    engine = TransformersEngine(policy, tokenizer, [])
+    engine = make_engine(policy, tokenizer, [])
     batch = prompts(["12="] * 4, tokenizer)
     result = engine.generate(batch, Sampling(max_completion_tokens=20), 4, key=KEY)
     assert int(result.completion_ids.max()) < 10
@@ -214,9 +230,9 @@ def test_padding_rows_of_the_embedding_are_never_drawn(char_model: str):
     assert (again - rollout.sampler_logprobs).abs().max() < 1e-5
 
 
-def test_finished_rows_are_counted_as_they_end(char_model: str):
+def test_finished_rows_are_counted_as_they_end(make_engine, char_model: str):
     policy, tokenizer = load(char_model, scale=1.0)
-    engine = TransformersEngine(policy, tokenizer, list(range(1, 12)), max_rows=6)
+    engine = make_engine(policy, tokenizer, list(range(1, 12)), max_rows=6)
     seen: list[tuple[int, int]] = []
     batch = prompts(["12="] * 3, tokenizer)
     engine.generate(
@@ -231,9 +247,9 @@ def test_finished_rows_are_counted_as_they_end(char_model: str):
     assert seen[-1] == (12, 12)
 
 
-def test_no_prompts_give_no_completions(char_model: str):
+def test_no_prompts_give_no_completions(make_engine, char_model: str):
     policy, tokenizer = load(char_model)
-    engine = TransformersEngine(policy, tokenizer, [1])
+    engine = make_engine(policy, tokenizer, [1])
     result = engine.generate(PromptBatch([], [], {}, []), Sampling(), 4, key=KEY)
     assert result.completion_ids.shape[0] == 0
 

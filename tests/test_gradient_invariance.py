@@ -42,6 +42,7 @@ def record_fit(
     tokens: int = 16384,
     window: int = 1,
     old_logprobs: Any = "recompute",
+    packing: Any = "auto",
     before: L.Callback | None = None,
     after: L.Callback | None = None,
 ) -> Record:
@@ -54,6 +55,7 @@ def record_fit(
         algorithm=GRPO(reduction=reduction, clip_low=0.1, clip_high=0.1),
         microbatch_tokens=tokens,
         old_logprobs=old_logprobs,
+        packing=packing,
     )
     trainer = make_trainer(
         num_epochs=NUM_STEPS,
@@ -144,14 +146,22 @@ def test_microbatches_and_accumulation_leave_the_gradient_the_same(
     lengths = whole.rollouts[0].completion_mask.sum(1).tolist()
     assert lengths[16:] == [1] * 16
     assert len(set(lengths[:16])) > 3
-    for tokens, num_microbatches in ((300, 2), (150, 4)):
+    for tokens, num_microbatches in ((100, 2), (45, 4)):
         cut = record_fit(char_model, reduction, precision, tokens=tokens)
         assert cut.num_microbatches == [num_microbatches] * 2
         assert_same_gradients(cut, whole, TOLERANCE[precision])
-    for window, tokens in ((2, 16384), (4, 16384), (2, 60)):
+    for window, tokens in ((2, 16384), (4, 16384), (2, 30)):
         accumulated = record_fit(char_model, reduction, precision, window=window, tokens=tokens)
         assert len(accumulated.num_microbatches) == NUM_STEPS * window
         assert_same_gradients(accumulated, whole, TOLERANCE[precision])
+
+
+@pytest.mark.parametrize("precision", TOLERANCE)
+def test_packing_leaves_the_gradient_the_same(char_model, precision):
+    packed = record_fit(char_model, "completion", precision)
+    padded = record_fit(char_model, "completion", precision, packing="off", tokens=300)
+    assert padded.num_microbatches == [2, 2]
+    assert_same_gradients(packed, padded, TOLERANCE[precision])
 
 
 @pytest.mark.parametrize("precision", TOLERANCE)
@@ -198,7 +208,7 @@ def record_on_this_rank(model: str, fits: list[dict[str, Any]]) -> list[Record]:
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 def test_ranks_leave_the_gradient_the_same(char_model, strategy, tmp_path: Path):
     precisions = ["64-true", "32-true"] if strategy == "ddp" else ["32-true"]
-    cuts = [{}, {"tokens": 100}, {"window": 2, "tokens": 60}]
+    cuts = [{}, {"tokens": 45}, {"window": 2, "tokens": 30}]
     fits = [
         {"reduction": reduction, "precision": precision, **cut}
         for reduction in REDUCTIONS

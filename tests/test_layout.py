@@ -23,6 +23,7 @@ LAYERS = [
     },
     {"algorithms"},
     {
+        *("packing", "packed_attention", "packing_check", "trunk", "output_layer"),
         *(
             "policy",
             "generation",

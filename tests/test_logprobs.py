@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from lightning_grpo.logprobs import token_entropy, token_logprobs
+from lightning_grpo.logprobs import linear_logprobs, token_entropy, token_logprobs
 
 
 def random_logits(*shape, dtype=torch.float64):
@@ -155,3 +155,106 @@ def test_bad_temperatures_and_shapes_are_refused():
         token_logprobs(logits[0], ids)
     with pytest.raises(ValueError, match=r"\(2, 3\)"):
         token_entropy(logits[0])
+
+
+# From hidden states
+
+
+def naive(hidden, layer, ids, *, num_tokens, temperature):
+    logits = torch.nn.functional.linear(hidden, *layer)[None, :, :num_tokens]
+    logprobs = token_logprobs(logits, ids[None], temperature=temperature)
+    return logprobs[0], token_entropy(logits, temperature=temperature)[0]
+
+
+def random_layer(dtype=torch.float64, num_rows=150, vocabulary=37):
+    generator = torch.Generator().manual_seed(1)
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    tensors = draw(num_rows, 8), draw(vocabulary, 8), draw(vocabulary)
+    ids = torch.randint(vocabulary - 4, (num_rows,), generator=generator)
+    return [x.requires_grad_() for x in tensors], ids
+
+
+@pytest.mark.parametrize("has_small_chunks", [False, True])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-13), (torch.float32, 1e-5)])
+def test_log_probs_from_hidden_states_have_the_values_and_gradients_of_the_logits(
+    dtype, tolerance, temperature, has_small_chunks, monkeypatch
+):
+    if has_small_chunks:
+        monkeypatch.setattr("lightning_grpo.logprobs._CHUNK_LOGITS", {"cpu": 1})
+    (hidden, weight, bias), ids = random_layer(dtype)
+    weights = torch.linspace(-1, 2, len(ids), dtype=dtype)
+    options = {"num_tokens": 33, "temperature": temperature}
+    right = naive(hidden, (weight, bias), ids, **options)
+    for entropy in ("none", "detached", "gradient"):
+        found = linear_logprobs(hidden, weight, ids, bias=bias, entropy=entropy, **options)
+        loss, expected = (found[0] * weights).sum(), (right[0] * weights).sum()
+        if entropy == "gradient":
+            loss, expected = loss + found[1].sin().sum(), expected + right[1].sin().sum()
+        assert found[1].requires_grad == (entropy == "gradient")
+        leaves = (hidden, weight, bias)
+        gradients = torch.autograd.grad(loss, leaves)
+        exact = torch.autograd.grad(expected, leaves, retain_graph=True)
+        entropies = torch.zeros_like(right[1]) if entropy == "none" else right[1]
+        for one, other in zip([*found, *gradients], [right[0], entropies, *exact]):
+            assert one.dtype == other.dtype
+            assert float((one - other).norm()) <= tolerance * float(1 + other.norm())
+
+
+def test_the_logits_are_not_kept_for_the_backward_pass():
+    (hidden, weight, _), ids = random_layer(torch.float32, num_rows=300, vocabulary=1000)
+    saved = []
+    for function in (
+        lambda: naive(hidden, (weight, None), ids, num_tokens=1000, temperature=1.0)[0],
+        lambda: linear_logprobs(hidden, weight, ids, entropy="detached")[0],
+    ):
+        found: dict[int, int] = {}
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda x, found=found: (found.__setitem__(x.data_ptr(), x.numel()), x)[1], lambda x: x
+        ):
+            function()
+        saved.append(sum(found.values()) - weight.numel())
+    assert saved[0] > 300 * 1000
+    # Hidden states of width 8; a token id, a normaliser and an entropy for each token.
+    assert saved[1] == 300 * (8 + 3)
+
+
+def test_a_frozen_layer_gets_no_gradient_and_a_tied_one_gets_both_of_its_own():
+    (hidden, weight, _), ids = random_layer()
+    linear_logprobs(hidden, weight.detach(), ids)[0].sum().backward()
+    assert weight.grad is None and hidden.grad is not None
+    states = torch.nn.functional.embedding(ids, weight).tanh()
+    gradient = torch.autograd.grad(linear_logprobs(states, weight, ids)[0].sum(), weight)[0]
+    states = torch.nn.functional.embedding(ids, weight).tanh()
+    right, _ = naive(states, (weight, None), ids, num_tokens=None, temperature=1.0)
+    expected = torch.autograd.grad(right.sum(), weight)[0]
+    torch.testing.assert_close(gradient, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_under_autocast_the_product_is_in_half_and_the_rest_in_float32(monkeypatch):
+    monkeypatch.setattr("lightning_grpo.logprobs._CHUNK_LOGITS", {"cpu": 1})
+    (hidden, weight, bias), ids = random_layer(torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logprobs, _ = linear_logprobs(hidden, weight, ids, bias=bias)
+    half = [x.detach().bfloat16() for x in (hidden, weight, bias)]
+    expected, _ = naive(half[0], half[1:], ids, num_tokens=None, temperature=1.0)
+    assert logprobs.dtype == torch.float32
+    assert torch.equal(logprobs, expected)
+    logprobs.sum().backward()
+    assert weight.grad.dtype == torch.float32
+    # Sums over chunks that were rounded at each step would all be bfloat16 numbers.
+    assert not torch.equal(weight.grad.bfloat16().float(), weight.grad)
+
+
+def test_no_tokens_and_no_fit():
+    (hidden, weight, _), ids = random_layer()
+    logprobs, entropy = linear_logprobs(hidden[:0], weight, ids[:0], entropy="gradient")
+    assert logprobs.shape == entropy.shape == (0,)
+    logprobs.sum().backward()
+    with pytest.raises(ValueError, match="does not fit"):
+        linear_logprobs(hidden, weight, ids[:1])
+    with pytest.raises(ValueError, match="temperature is"):
+        linear_logprobs(hidden, weight, ids, temperature=0.0)

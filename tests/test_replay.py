@@ -100,6 +100,24 @@ def test_a_group_over_the_budget_is_split_and_a_row_over_it_goes_alone():
     assert [p.tolist() for p in split_microbatches(rollout, 5)] == [[0], [1]]
 
 
+def test_packed_microbatches_count_each_prompt_once_and_no_padding():
+    rollout = rollout_of([(g, 3, 1 + (7 * g + r) % 9) for g in range(5) for r in range(4)])
+    totals = [3 + int(n) for n in rollout.completion_mask.sum(1).reshape(5, 4).sum(1)]
+    for budget in (20, 40, 60, sum(totals)):
+        parts = split_microbatches(rollout, budget, is_packed=True)
+        assert sorted(torch.cat(parts).tolist()) == list(range(20))
+        for part in parts:
+            num_groups = len(set(rollout.group_ids[part].tolist()))
+            num_tokens = 3 * num_groups + int(rollout.completion_mask[part].sum())
+            assert len(part) == 1 or num_tokens <= budget
+    assert len(split_microbatches(rollout, sum(totals), is_packed=True)) == 1
+    assert len(split_microbatches(rollout, sum(totals) - 1, is_packed=True)) == 2
+    # A group of 3 + 30 + 30 tokens.
+    pair = rollout_of([(0, 3, 30), (0, 3, 30)])
+    assert [p.tolist() for p in split_microbatches(pair, 63, is_packed=True)] == [[0, 1]]
+    assert [p.tolist() for p in split_microbatches(pair, 62, is_packed=True)] == [[0], [1]]
+
+
 def test_trimming_cuts_the_columns_that_are_padding_in_every_row():
     trimmed = trim_padding(rollout_of([(0, 3, 1), (0, 1, 4)]))
     assert trimmed.prompt_ids.tolist() == [[5, 5, 5], [0, 0, 5]]
@@ -171,11 +189,18 @@ class RecordingGRPO:
         ]
 
 
+@pytest.mark.parametrize("packing", ["auto", "off"])
 @pytest.mark.parametrize("precision", ["32-true", "64-true", "bf16-mixed", "bf16-true"])
-def test_the_ratio_is_exactly_one_on_the_first_minibatch_when_recomputed(char_model, precision):
+def test_the_ratio_is_exactly_one_on_the_first_minibatch_when_recomputed(
+    char_model, precision, packing
+):
     algorithm = RecordingGRPO()
     module = make_module(
-        char_model, algorithm=algorithm, old_logprobs="recompute", microbatch_tokens=60
+        char_model,
+        algorithm=algorithm,
+        old_logprobs="recompute",
+        microbatch_tokens=60,
+        packing=packing,
     )
     record = Record()
     trainer = make_trainer(
@@ -186,6 +211,7 @@ def test_the_ratio_is_exactly_one_on_the_first_minibatch_when_recomputed(char_mo
         callbacks=[Perturb(), record],
     )
     trainer.fit(module, datamodule=make_data())
+    assert module.policy.is_packing == (packing == "auto")
     assert min(record.num_microbatches) >= 2
     ratios = algorithm.log_ratios()
     first_of_slot = 0

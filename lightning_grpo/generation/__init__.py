@@ -7,15 +7,17 @@ from typing import Literal
 
 from transformers import PreTrainedTokenizerBase
 
+from lightning_grpo.generation.native_engine import NativeEngine
 from lightning_grpo.generation.protocol import Engine, Sampling, SamplingKey
 from lightning_grpo.generation.transformers_engine import TransformersEngine
 from lightning_grpo.policy import Policy
 
-EngineName = Literal["transformers"]
+EngineName = Literal["native", "transformers"]
 
 __all__ = [
     "Engine",
     "EngineName",
+    "NativeEngine",
     "Sampling",
     "SamplingKey",
     "TransformersEngine",
@@ -34,7 +36,9 @@ def build_engine(
     """Make the engine of that name.
 
     Args:
-        name: "transformers" runs every model through its own `generate`.
+        name: "native" runs each prompt once for all its completions and drops finished ones; it
+            checks itself against the model at the first rollout, and where they differ it is
+            "transformers", which runs every model through its own `generate`.
         policy: whose weights generate.
         tokenizer: for stop strings.
         eos_token_ids: ids that end a completion.
@@ -46,6 +50,8 @@ def build_engine(
     Raises:
         ValueError: there is no engine of that name.
     """
+    if name == "native":
+        return NativeEngine(policy, tokenizer, eos_token_ids, max_rows=max_rows)
     if name == "transformers":
         return TransformersEngine(policy, tokenizer, eos_token_ids, max_rows=max_rows)
-    raise ValueError(f"rollout.engine {name!r} is unknown: choose transformers")
+    raise ValueError(f"rollout.engine {name!r} is unknown: choose native or transformers")

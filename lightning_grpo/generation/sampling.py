@@ -25,8 +25,10 @@ def _mix(x: Tensor) -> Tensor:
     return x ^ _shift_right(x, 31)
 
 
-def keyed_uniforms(key: SamplingKey, group_ids: Tensor, rows: Tensor, position: int) -> Tensor:
-    """One uniform number per row that depends on its key and on nothing else.
+def keyed_uniforms(
+    key: SamplingKey, group_ids: Tensor, rows: Tensor, position: int | Tensor
+) -> Tensor:
+    """One uniform number per draw that depends on its key and on nothing else.
 
     u = hash(seed, iteration, group, row, position) / 2^53
 
@@ -40,10 +42,11 @@ def keyed_uniforms(key: SamplingKey, group_ids: Tensor, rows: Tensor, position: 
         key: seed and iteration.
         group_ids: (B,) int64, the group of each row.
         rows: (B,) int64, the row's number within its group.
-        position: token position in the completion, from 0.
+        position: token position in the completion, from 0; with (B, 1) groups and rows it may be
+            (B, n) int64.
 
     Returns:
-        (B,) float64 in [0, 1).
+        (B,) or (B, n) float64 in [0, 1).
     """
     state = torch.full_like(group_ids, key.seed)
     for part in (key.iteration, group_ids, rows, position):
@@ -80,3 +83,20 @@ def sample_tokens(logits: Tensor, sampling: Sampling, uniforms: Tensor) -> tuple
     # A NaN has no place in the order and would be searched past the end; it shows in the log-prob.
     tokens = torch.searchsorted(cdf, threshold, right=True).clamp(max=logits.shape[1] - 1)
     return tokens.squeeze(1), logprobs.gather(1, tokens).squeeze(1)
+
+
+def refuse_nonfinite(logprobs: Tensor, mask: Tensor) -> None:
+    """Refuse log-probs of sampled tokens that no working policy gives.
+
+    Args:
+        logprobs: (B, C).
+        mask: (B, C) bool, True where a token was sampled.
+
+    Raises:
+        RuntimeError: one is not finite.
+    """
+    if not bool(torch.isfinite(logprobs[mask]).all()):
+        raise RuntimeError(
+            "the policy's logits are not finite: its weights may be broken; lower the learning "
+            "rate, or go back to an earlier checkpoint"
+        )

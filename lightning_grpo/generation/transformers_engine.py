@@ -20,7 +20,11 @@ from transformers import (
 )
 
 from lightning_grpo.generation.protocol import OnFinished, Sampling, SamplingKey
-from lightning_grpo.generation.sampling import keyed_uniforms, sample_tokens
+from lightning_grpo.generation.sampling import (
+    keyed_uniforms,
+    refuse_nonfinite,
+    sample_tokens,
+)
 from lightning_grpo.policy import Policy
 from lightning_grpo.types import Completions, PromptBatch
 
@@ -62,33 +66,56 @@ class TransformersEngine:
         on_finished: OnFinished | None = None,
     ) -> Completions:
         """Draw `group_size` completions of each prompt; see `Engine.generate`."""
+        return self.policy.call_unsharded(
+            lambda model: self.complete(
+                model, prompts, sampling, group_size, key=key, on_finished=on_finished
+            )
+        )
+
+    @torch.no_grad()
+    def complete(
+        self,
+        model: PreTrainedModel,
+        prompts: PromptBatch,
+        sampling: Sampling,
+        group_size: int,
+        *,
+        key: SamplingKey,
+        on_finished: OnFinished | None = None,
+    ) -> Completions:
+        """Do the same with a model whose parameters are whole on this rank.
+
+        Args:
+            model: the policy's.
+            prompts: as in `generate`.
+            sampling: as in `generate`.
+            group_size: as in `generate`.
+            key: as in `generate`.
+            on_finished: as in `generate`.
+
+        Returns:
+            The completions.
+        """
         num_rows = len(prompts) * group_size
         chunk_size = self.max_rows or max(num_rows, 1)
         rows = list(range(num_rows))
-        chunks = [rows[i : i + chunk_size] for i in range(0, num_rows, chunk_size)]
-
-        def run(model: PreTrainedModel) -> list[Completions]:
-            finished = 0
-            parts = []
-            for chunk in chunks:
-                draws = _Draws(
-                    key,
-                    group_ids=[prompts.group_ids[row // group_size] for row in chunk],
-                    rows=[row % group_size for row in chunk],
-                    sampling=sampling,
-                    num_tokens=self.policy.num_tokens,
-                    device=self.policy.device,
-                )
-                ends = _Ends(self.eos_token_ids, self._stop_criteria(sampling), draws)
-                if on_finished is not None:
-                    ends.report = partial(_add_finished, on_finished, finished, num_rows)
-                prompt_ids = [prompts.prompt_ids[row // group_size] for row in chunk]
-                self._decode(model, prompt_ids, draws, ends)
-                parts.append(ends.completions())
-                finished += len(chunk)
-            return parts
-
-        parts = self.policy.call_unsharded(run)
+        parts = []
+        for start in range(0, num_rows, chunk_size):
+            chunk = rows[start : start + chunk_size]
+            draws = _Draws(
+                key,
+                group_ids=[prompts.group_ids[row // group_size] for row in chunk],
+                rows=[row % group_size for row in chunk],
+                sampling=sampling,
+                num_tokens=self.policy.num_tokens,
+                device=self.policy.device,
+            )
+            ends = _Ends(self.eos_token_ids, self.stop_criteria(sampling), draws)
+            if on_finished is not None:
+                ends.report = partial(_add_finished, on_finished, start, num_rows)
+            prompt_ids = [prompts.prompt_ids[row // group_size] for row in chunk]
+            self._decode(model, prompt_ids, draws, ends)
+            parts.append(ends.completions())
         return _concatenate(parts, self.pad_token_id, self.policy.device)
 
     @property
@@ -98,7 +125,8 @@ class TransformersEngine:
             return int(self.tokenizer.pad_token_id)
         return self.eos_token_ids[0] if self.eos_token_ids else 0
 
-    def _stop_criteria(self, sampling: Sampling) -> StopStringCriteria | None:
+    def stop_criteria(self, sampling: Sampling) -> StopStringCriteria | None:
+        """What finds the stop strings at the end of rows; None without stop strings."""
         if not sampling.stop_strings:
             return None
         return StopStringCriteria(tokenizer=self.tokenizer, stop_strings=sampling.stop_strings)
@@ -192,11 +220,7 @@ class _Ends(StoppingCriteria):
         lengths = torch.where(truncated, ids.shape[1], self.lengths)
         mask = torch.arange(ids.shape[1], device=ids.device) < lengths.unsqueeze(1)
         logprobs = torch.stack(self.draws.logprobs, dim=1)
-        if not bool(torch.isfinite(logprobs[mask]).all()):
-            raise RuntimeError(
-                "the policy's logits are not finite: its weights may be broken; lower the learning "
-                "rate, or go back to an earlier checkpoint"
-            )
+        refuse_nonfinite(logprobs, mask)
         return Completions(ids, mask, torch.where(mask, logprobs, 0.0), truncated)
 
 

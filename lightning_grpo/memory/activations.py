@@ -19,6 +19,7 @@ from torch._subclasses import FakeTensorMode
 
 from lightning_grpo.generation.protocol import Sampling
 from lightning_grpo.generation.sampling import sample_tokens
+from lightning_grpo.logprobs import Entropy
 from lightning_grpo.memory.model import (
     Models,
     ModelSpec,
@@ -27,7 +28,8 @@ from lightning_grpo.memory.model import (
     count_parameters,
 )
 from lightning_grpo.memory.tracking import LiveBytes, SavedBytes
-from lightning_grpo.policy import Entropy, Policy
+from lightning_grpo.policy import Policy
+from lightning_grpo.trunk import takes_positions
 from lightning_grpo.types import Rollout
 
 PassKind = Literal["policy", "critic", "scoring", "rollout"]
@@ -249,7 +251,7 @@ def decode_step(policy: Policy, cache: Any, shape: PassShape) -> None:
     length = shape.num_prompt + shape.num_completion
     ids = torch.zeros(shape.num_rows, 1, dtype=torch.int64)
     mask = torch.ones(shape.num_rows, length, dtype=torch.int64)
-    inputs = {"position_ids": ids} if "position_ids" in policy._accepts else {}
+    inputs = {"position_ids": ids} if takes_positions(policy.causal_lm) else {}
     logits = policy.causal_lm(
         input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, **inputs
     ).logits

@@ -16,7 +16,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 from lightning_grpo.adapters import Lora, lora_config
 from lightning_grpo.critic import CriticSettings, critic_parameters, make_critic
 from lightning_grpo.paths import resolve_package_path
-from lightning_grpo.policy import Policy, zero_dropout
+from lightning_grpo.policy import Policy
+from lightning_grpo.trunk import zero_dropout
 
 
 @dataclass(frozen=True)

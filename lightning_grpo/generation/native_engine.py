@@ -1,0 +1,227 @@
+"""The engine for speed: a prompt runs once for its group, and finished rows are dropped.
+
+Its draws are those of the transformers engine, so that the completions are the same up to rounding.
+At its first rollout it compares its log-probs with a plain forward of the model, for each of its
+decoders until one agrees; when none does, the transformers engine does the work, and a warning
+says so.
+"""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lightning_grpo.generation.cached_decoder import CachedDecoder
+from lightning_grpo.generation.decode_loop import DecodeLoop, Ending
+from lightning_grpo.generation.decoder import Lengths, MakeDecoder, RolloutCounts
+from lightning_grpo.generation.fused_decoder import FusedDecoder
+from lightning_grpo.generation.protocol import OnFinished, Sampling, SamplingKey
+from lightning_grpo.generation.transformers_engine import TransformersEngine, left_pad
+from lightning_grpo.logprobs import token_logprobs
+from lightning_grpo.masking import position_ids
+from lightning_grpo.policy import Policy
+from lightning_grpo.types import Completions, PromptBatch
+
+# Difference of a log-prob from that of a plain forward: by rounding in float32, and in anything
+# shorter. A wrong decoder is off by far more.
+_TOLERANCE = 1e-4
+_TOLERANCE_SHORT = 0.3
+_CHECKED_PROMPTS = 3
+_CHECKED_TOKENS = 32
+
+
+class NativeEngine:
+    """Completes prompts with the policy's own weights, as fast as it can.
+
+    Args:
+        policy: the policy whose weights generate; its training mode is left to the caller.
+        tokenizer: for stop strings and the padding id.
+        eos_token_ids: every id that ends a completion.
+        max_rows: rows decoded at a time; 0 decodes all at once.
+        decoders: by name, in the order in which they are tried.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        tokenizer: PreTrainedTokenizerBase,
+        eos_token_ids: Sequence[int],
+        *,
+        max_rows: int = 0,
+        decoders: dict[str, MakeDecoder] | None = None,
+    ) -> None:
+        self.policy = policy
+        self.eos_token_ids = list(eos_token_ids)
+        self.max_rows = max_rows
+        self.fallback = TransformersEngine(policy, tokenizer, eos_token_ids, max_rows=max_rows)
+        self.decoders = decoders or {"fused": FusedDecoder, "cached": CachedDecoder}
+        self.decoder_name: str | None = None
+        """The decoder that passed the check, "transformers" when none did, None before it."""
+        self.counts = RolloutCounts()
+        """Of the last rollout; all zero when the transformers engine made it."""
+
+    @torch.no_grad()
+    def generate(
+        self,
+        prompts: PromptBatch,
+        sampling: Sampling,
+        group_size: int,
+        *,
+        key: SamplingKey,
+        on_finished: OnFinished | None = None,
+    ) -> Completions:
+        """Draw `group_size` completions of each prompt; see `Engine.generate`."""
+
+        def run(model: PreTrainedModel) -> Completions:
+            self.counts = RolloutCounts()
+            if self.decoder_name is None and len(prompts):
+                self.decoder_name = self._choose(model, prompts, sampling)
+            if self.decoder_name is None or self.decoder_name == "transformers":
+                return self.fallback.complete(
+                    model, prompts, sampling, group_size, key=key, on_finished=on_finished
+                )
+            return self._complete(
+                self.decoders[self.decoder_name],
+                model,
+                prompts,
+                sampling,
+                group_size,
+                key=key,
+                on_finished=on_finished,
+                counts=self.counts,
+            )
+
+        return self.policy.call_unsharded(run)
+
+    def _complete(
+        self,
+        make_decoder: MakeDecoder,
+        model: PreTrainedModel,
+        prompts: PromptBatch,
+        sampling: Sampling,
+        group_size: int,
+        *,
+        key: SamplingKey,
+        on_finished: OnFinished | None,
+        counts: RolloutCounts,
+    ) -> Completions:
+        num_tokens = self.policy.num_tokens
+        lengths = Lengths(
+            max(len(ids) for ids in prompts.prompt_ids), sampling.max_completion_tokens, num_tokens
+        )
+        ending = Ending(
+            self.eos_token_ids, self.fallback.stop_criteria(sampling), self.fallback.pad_token_id
+        )
+        return DecodeLoop(
+            make_decoder(model, lengths),
+            prompts,
+            sampling,
+            group_size,
+            key=key,
+            ending=ending,
+            num_tokens=num_tokens,
+            device=self.policy.device,
+            counts=counts,
+            max_rows=self.max_rows,
+            on_finished=on_finished,
+        ).run()
+
+    def _choose(self, model: PreTrainedModel, prompts: PromptBatch, sampling: Sampling) -> str:
+        """The first decoder whose log-probs are those of the model."""
+        reasons = []
+        for name, make_decoder in self.decoders.items():
+            try:
+                difference = self._difference(make_decoder, model, prompts, sampling)
+            except NotImplementedError as error:
+                reasons.append(f"{name}: {error}")
+                continue
+            except Exception as error:  # how a model's own code fails is up to that code
+                reasons.append(f"{name}: {type(error).__name__}: {error}")
+                continue
+            if difference <= self._tolerance():
+                return name
+            reasons.append(f"{name}: its log-probs are off by {difference:.2g}")
+        warnings.warn(
+            f"rollout.engine native does not cover {type(model).__name__}, the transformers "
+            f"engine does its work ({'; '.join(reasons)})",
+            stacklevel=2,
+        )
+        return "transformers"
+
+    def _difference(
+        self,
+        make_decoder: MakeDecoder,
+        model: PreTrainedModel,
+        prompts: PromptBatch,
+        sampling: Sampling,
+    ) -> float:
+        """Largest difference between a decoder's log-probs and those of a plain forward.
+
+        Args:
+            make_decoder: what to check.
+            model: the policy's.
+            prompts: from which the shortest, the longest and one more are taken.
+            sampling: for its limit and stop strings.
+
+        Returns:
+            In nats, over a few short completions; infinite when one is not finite.
+        """
+        by_length = sorted(range(len(prompts)), key=lambda i: len(prompts.prompt_ids[i]))
+        chosen = sorted({by_length[0], by_length[-1], by_length[len(by_length) // 2]})
+        few = PromptBatch(
+            [prompts.prompts[i] for i in chosen],
+            [prompts.prompt_ids[i] for i in chosen],
+            {},
+            [prompts.group_ids[i] for i in chosen],
+        )
+        limit = min(sampling.max_completion_tokens, _CHECKED_TOKENS)
+        plain = Sampling(max_completion_tokens=limit, stop_strings=sampling.stop_strings)
+        drawn = self._complete(
+            make_decoder,
+            model,
+            few,
+            plain,
+            2,
+            key=SamplingKey(0, 0),
+            on_finished=None,
+            counts=RolloutCounts(),
+        )
+        difference = (self._plain_logprobs(model, few, drawn) - drawn.sampler_logprobs).abs()
+        return float(difference[drawn.completion_mask].max())
+
+    def _plain_logprobs(
+        self, model: PreTrainedModel, prompts: PromptBatch, drawn: Completions
+    ) -> Tensor:
+        """Log-probs (B, C) of completions from a forward without a cache."""
+        repeated = [ids for ids in prompts.prompt_ids for _ in range(2)]
+        prompt_ids, prompt_mask = left_pad(repeated, self.fallback.pad_token_id, self.policy.device)
+        mask = torch.cat([prompt_mask, drawn.completion_mask], dim=1)
+        inputs: dict[str, Any] = {
+            "input_ids": torch.cat([prompt_ids, drawn.completion_ids], dim=1),
+            "attention_mask": mask.long(),
+            "use_cache": False,
+        }
+        accepts = inspect.signature(model.forward).parameters
+        num_logits = drawn.completion_ids.shape[1] + 1
+        if "position_ids" in accepts:
+            inputs["position_ids"] = position_ids(mask)
+        if "logits_to_keep" in accepts:
+            inputs["logits_to_keep"] = num_logits
+        # The last position predicts a token past the completion.
+        logits = model(**inputs).logits[:, -num_logits:-1, : self.policy.num_tokens]
+        return token_logprobs(logits, drawn.completion_ids)
+
+    def _tolerance(self) -> float:
+        device = self.policy.device
+        is_short = torch.is_autocast_enabled(device.type) or any(
+            torch.finfo(p.dtype).bits < 32 for p in self.policy.parameters()
+        )
+        # On a GPU this setting allows matrix products with fewer bits.
+        is_short |= device.type != "cpu" and torch.get_float32_matmul_precision() != "highest"
+        return _TOLERANCE_SHORT if is_short else _TOLERANCE
