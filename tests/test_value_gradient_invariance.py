@@ -164,11 +164,11 @@ def test_microbatches_and_accumulation_leave_both_gradients_the_same(char_model,
     advantages = rollout.advantages[rollout.action_mask]
     assert float(advantages.mean()) == pytest.approx(0.0, abs=1e-5)
     assert float(advantages.std()) == pytest.approx(1.0, abs=1e-4)
-    for tokens, num_microbatches in ((300, 2), (150, 4)):
+    for tokens, num_microbatches in ((100, 2), (50, 4)):
         cut = record_fit(char_model, case, precision, tokens=tokens)
         assert cut.num_microbatches == [num_microbatches] * 2
         assert_same_gradients(cut, whole_batch, TOLERANCE[precision])
-    for tokens in (16384, 60):
+    for tokens in (16384, 30):
         accumulated = record_fit(char_model, case, precision, window=2, tokens=tokens)
         assert len(accumulated.num_microbatches) == NUM_STEPS * 2
         assert_same_gradients(accumulated, whole_batch, TOLERANCE[precision])
@@ -206,7 +206,7 @@ FITS = [
     {"case": case, "strategy": strategy, "precision": precision, **cut}
     for strategy, precision in (("ddp", "64-true"), ("ddp", "32-true"), ("fsdp2", "32-true"))
     for case in CASES[:2]
-    for cut in ({"tokens": 100}, {"window": 2, "tokens": 60})
+    for cut in ({"tokens": 45}, {"window": 2, "tokens": 30})
 ]
 
 
