@@ -28,6 +28,7 @@ from lightning_grpo.memory.model import (
 )
 from lightning_grpo.memory.run import device_limit, is_far_below, refuse_what_cannot_fit
 from lightning_grpo.memory.state import moment_bytes, state_bytes
+from lightning_grpo.packing_check import settle_packing
 from lightning_grpo.policy import load_policy
 from lightning_grpo.reference import Reference
 from lightning_grpo.tool_commands import split_overrides
@@ -84,7 +85,9 @@ def bytes_of(tensors) -> int:
     return sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}.values())
 
 
-def measured(folder: str, spec, settings: MemorySettings) -> dict[str, int]:
+def measured(
+    folder: str, spec, settings: MemorySettings, is_packed: bool = False
+) -> dict[str, int]:
     """Bytes of a real update: real weights, real gradients, one step of a real AdamW."""
     policy = load_policy(
         folder,
@@ -93,6 +96,8 @@ def measured(folder: str, spec, settings: MemorySettings) -> dict[str, int]:
         lora=spec.lora,
         activation_checkpointing=spec.activation_checkpointing,
     ).train()
+    settle_packing(policy, "auto" if is_packed else "off")
+    assert policy.is_packing == is_packed
     reference = Reference(policy)
     critic = None if spec.critic is None else make_critic(spec.critic, policy, None).train()
     added = [] if critic is None else critic_parameters(critic, policy)
@@ -108,6 +113,10 @@ def measured(folder: str, spec, settings: MemorySettings) -> dict[str, int]:
         return tensor
 
     rows = rows_of(settings.microbatch_rows, settings.prompt_tokens, settings.completion_tokens)
+    if is_packed:
+        first = torch.arange(len(rows)) // settings.group_size * settings.group_size
+        mask = torch.ones_like(rows.prompt_mask)
+        rows = rows.replace(group_ids=first, prompt_ids=rows.prompt_ids[first], prompt_mask=mask)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         forward = forward_rows(policy, critic, rows, temperature=1.0, entropy="detached")
         loss = forward.output.logprobs.exp().sum()
@@ -158,6 +167,37 @@ def test_the_estimate_agrees_with_tensors_counted_in_a_real_update(name, form, o
     # The weights of every part are counted to the byte.
     assert estimated["policy weights"] == real["policy weights"]
     assert estimated.get("critic weights", 0) == real["critic weights"]
+
+
+@pytest.mark.parametrize(
+    ("name", "form", "options"),
+    [
+        ("qwen2", None, {}),
+        ("qwen2", "head", {"activation_checkpointing": True}),
+        ("qwen2", "separate", {}),
+        ("gpt2", None, {}),
+        ("gpt2", "head", {"activation_checkpointing": True}),
+    ],
+)
+@pytest.mark.parametrize(("tokens", "sizes"), [((20, 30), (2, 3)), ((60, 30), (4, 8))])
+def test_the_activations_of_a_packed_update_agree_with_counted_ones(
+    name, form, options, tokens, sizes
+):
+    CONFIGS[name].save_pretrained("model")
+    critic = None if form is None else CriticSettings(form)
+    spec = spec_from_config(read_config("model"), critic=critic, **options)
+    prompts, group_size = sizes
+    settings = MemorySettings(spec, *tokens, prompts=prompts, group_size=group_size, is_packed=True)
+    parts = estimate_memory(settings).parts
+    estimated = sum(
+        max(parts.get(f"{owner} activations", {"update": 0}).values())
+        for owner in ("policy", "critic")
+    )
+    real = measured("model", spec, settings, is_packed=True)["activations"]
+    assert estimated == pytest.approx(real, rel=0.1)
+    assert settings.microbatch_rows == prompts * group_size
+    packed = prompts * tokens[0] + prompts * group_size * tokens[1]
+    assert settings.packed_share == packed / (prompts * group_size * sum(tokens))
 
 
 def test_a_cache_and_the_peak_of_an_update_agree_with_real_tensors():

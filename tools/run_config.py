@@ -155,6 +155,7 @@ def settings_from_config(
         num_minibatches=run.replay.num_minibatches,
         max_rows=rollout.max_rows,
         microbatch_tokens=model.microbatch_tokens,
+        is_packed=model.packing == "auto",
         temperature=rollout.temperature,
         has_entropy_bonus=any(bonus),
         is_autocast=precision in ("bf16-mixed", "bf16"),

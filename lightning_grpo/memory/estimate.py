@@ -47,6 +47,7 @@ class MemorySettings:
         num_minibatches: M, minibatches of a rollout.
         max_rows: rows decoded at a time; 0 decodes all at once.
         microbatch_tokens: most tokens of one forward with gradients.
+        is_packed: whether a forward takes each prompt once for its group, and no padding.
         temperature: of sampling.
         has_entropy_bonus: whether the loss holds the entropy, with gradients.
         is_autocast: whether forwards run under bfloat16 autocast (precision bf16-mixed).
@@ -68,6 +69,7 @@ class MemorySettings:
     num_minibatches: int = 1
     max_rows: int = 0
     microbatch_tokens: int = 16384
+    is_packed: bool = False
     temperature: float = 1.0
     has_entropy_bonus: bool = False
     is_autocast: bool = False
@@ -84,6 +86,19 @@ class MemorySettings:
         """T, tokens of the longest row."""
         return self.prompt_tokens + self.completion_tokens
 
+    def packed_tokens(self, num_rows: int) -> int:
+        """Tokens of so many rows with each prompt once for its group."""
+        num_prompts = -(-num_rows // self.group_size)
+        return num_prompts * self.prompt_tokens + num_rows * self.completion_tokens
+
+    @property
+    def packed_share(self) -> float:
+        """Tokens that a micro-batch forwards, as a part of those of its padded rows."""
+        if not self.is_packed:
+            return 1.0
+        rows = self.microbatch_rows
+        return self.packed_tokens(rows) / (rows * self.row_tokens)
+
     @property
     def rows_decoded(self) -> int:
         """Rows decoded at a time."""
@@ -94,6 +109,10 @@ class MemorySettings:
     def microbatch_rows(self) -> int:
         """Rows of a micro-batch of the longest rows, cut as `replay.split_microbatches` does."""
         fitting = max(self.microbatch_tokens // self.row_tokens, 1)
+        if self.is_packed:
+            whole = self.microbatch_tokens // self.packed_tokens(self.group_size)
+            part = (self.microbatch_tokens - self.prompt_tokens) // self.completion_tokens
+            fitting = max(whole * self.group_size, min(part, self.group_size), 1)
         if fitting > self.group_size:
             fitting -= fitting % self.group_size  # whole groups
         groups = max(self.prompts // self.num_minibatches, 1)
@@ -232,6 +251,24 @@ def _add_gathered(estimate: MemoryEstimate, counts: Counts) -> None:
     )
 
 
+def _packed(settings: MemorySettings, kept: float) -> float:
+    """What a packed forward keeps, from what the padded forward of the same rows keeps."""
+    if not settings.is_packed:
+        return kept
+    model, config, rows = settings.model, settings.model.config, settings.microbatch_rows
+    width = 2 if settings.is_autocast else model.dtype.itemsize
+    # Beside its share it keeps the states of each row, which are taken out of the packed stream,
+    states = rows * (settings.completion_tokens + 1) * model.hidden_size * width
+    # but keys and values that heads share only once.
+    num_heads = int(config.num_attention_heads)
+    num_shared = num_heads - int(getattr(config, "num_key_value_heads", None) or num_heads)
+    repeated = 2 * num_shared * (model.hidden_size // num_heads) * width
+    if model.activation_checkpointing:
+        repeated = 0
+    repeated *= settings.packed_tokens(rows) * model.num_layers
+    return kept * settings.packed_share + states - repeated
+
+
 def _add_passes(estimate: MemoryEstimate) -> None:
     settings = estimate.settings
     shape = PassShape(
@@ -255,8 +292,8 @@ def _add_passes(estimate: MemoryEstimate) -> None:
         kept = own.kept
         workspace = max(workspace, own.workspace)
     estimate.add("KV cache", rollout=rollout.kept)
-    estimate.add("policy activations", update=update.kept)
-    estimate.add("critic activations", update=kept)
+    estimate.add("policy activations", update=_packed(settings, update.kept))
+    estimate.add("critic activations", update=_packed(settings, kept) if kept else 0)
     estimate.add(
         "autocast copies of weights",
         rollout=rollout.weight_copies,

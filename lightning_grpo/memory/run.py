@@ -124,6 +124,7 @@ def settings_of_run(module: GRPOModule, trainer: L.Trainer) -> MemorySettings:
         num_minibatches=next((number for number in found if number), 1),
         max_rows=settings.max_rows,
         microbatch_tokens=module.microbatch_tokens,
+        is_packed=module.packing == "auto",
         temperature=settings.sampling.temperature,
         has_entropy_bonus=any(
             getattr(part, "entropy_coef", 0) > 0 for part in (module.algorithm, module.ppo)
