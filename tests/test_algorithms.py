@@ -166,7 +166,7 @@ def test_reinforce_with_a_baseline_subtracts_the_group_mean_first():
     centered = [-1, -1, 1, -1, -1, 1]
     mean, std = statistics.fmean(centered), statistics.stdev(centered)
     expected = [(x - mean) / std for x in centered]
-    found = prepared(ReinforcePlusPlus(baseline="group_mean"), rollout)
+    found = prepared(ReinforcePlusPlus(subtract_group_mean=True), rollout)
     assert found.advantages[found.action_mask].tolist() == pytest.approx(expected, abs=1e-6)
     without = prepared(ReinforcePlusPlus(), rollout)
     raw = [1, 1, 3, 10, 10, 12]
@@ -175,7 +175,7 @@ def test_reinforce_with_a_baseline_subtracts_the_group_mean_first():
 
 
 @pytest.mark.parametrize(
-    "algorithm", [ReinforcePlusPlus(), ReinforcePlusPlus(baseline="group_mean"), PPO()]
+    "algorithm", [ReinforcePlusPlus(), ReinforcePlusPlus(subtract_group_mean=True), PPO()]
 )
 def test_rows_without_a_reward_are_masked_and_change_nothing_else(algorithm):
     fields = {"values": [[0.5, 0.25, 0.0], [3.0, 9.0, NAN], [0.1, 0.2, 0.3]]}
@@ -443,7 +443,7 @@ def test_ppo_names_the_values_that_it_misses():
 def test_groups_of_one_are_refused_where_siblings_are_compared():
     for algorithm in (
         *(kind() for kind in GROUP),
-        ReinforcePlusPlus(baseline="group_mean"),
+        ReinforcePlusPlus(subtract_group_mean=True),
         PPO(reward_baseline="leave_one_out"),
     ):
         with pytest.raises(ValueError, match="rollout.group_size is 1"):
@@ -528,9 +528,9 @@ def test_each_policy_loss_is_the_algorithms_own():
         GRPO(): [-1.2, -1.0],
         GRPO(clip_high=0.3): [-1.21, -1.0],
         GSPO(): [-1.0004, -1.0004],
-        GSPO(clip_high=0.2): [-1.1, -1.1],
+        GSPO(sequence_clip_high=0.2): [-1.1, -1.1],
         CISPO(): [-1.21 * math.log(1.21), 0.0],
-        CISPO(clip_high=0.1): [-1.1 * math.log(1.21), 0.0],
+        CISPO(max_weight=1.1): [-1.1 * math.log(1.21), 0.0],
         ReinforcePlusPlus(): [-1.2, -1.0],
         ReinforcePlusPlus(clip_high=0.3): [-1.21, -1.0],
         PPO(): [-1.2, -1.0],

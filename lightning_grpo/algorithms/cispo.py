@@ -25,7 +25,7 @@ from lightning_grpo.types import LossOutput, Rollout, SumOverRanks
 class CISPO:
     """Clipped importance sampling: GRPO's advantages, REINFORCE with bounded weights.
 
-    loss[b,t] = -min(ratio, 1 + clip_high) * A[b] * logprobs[b,t]            the min a constant
+    loss[b,t] = -min(ratio, max_weight) * A[b] * logprobs[b,t]            the min a constant
 
     averaged over all tokens; KL and entropy bonus as in GRPO.
 
@@ -33,33 +33,35 @@ class CISPO:
     Departs: advantages as GRPO.
 
     Args:
-        clip_high: how far above 1 the weight of a token may go, > 0; 4 bounds it at 5.
+        max_weight: what the ratio, as the weight of a token, is bounded at, > 1.
         baseline: mean of the whole group, or of the siblings only.
         scale: divide by the group's std, or not.
-        reduction: how tokens are averaged, as in GRPO; the paper's is token.
         kl_estimator: how the KL to the reference enters the loss, as in GRPO.
         entropy_coef: weight of an entropy bonus, >= 0.
         mask_truncated: leave completions that the token limit cut off out of the loss.
     """
 
-    clip_high: float = 4.0
+    max_weight: float = 5.0
     baseline: Baseline = "group_mean"
     scale: Scale = "std"
-    reduction: Reduction = "token"
     kl_estimator: KLKind = "k3"
     entropy_coef: float = 0.0
     mask_truncated: bool = False
 
     def __post_init__(self) -> None:
-        if not self.clip_high > 0:
-            raise ValueError(f"clip_high must be positive, got {self.clip_high}")
+        if not self.max_weight > 1:
+            raise ValueError(f"max_weight must be above 1, got {self.max_weight}")
         check_at_least_zero(entropy_coef=self.entropy_coef)
         check_choices(
             baseline=(self.baseline, Baseline),
             scale=(self.scale, Scale),
-            reduction=(self.reduction, Reduction),
             kl_estimator=(self.kl_estimator, KLKind),
         )
+
+    @property
+    def reduction(self) -> Reduction:
+        """Every token weighs the same."""
+        return "token"
 
     def check_group_size(self, group_size: int) -> None:
         """Refuse a group that has no sibling to compare with."""
@@ -79,7 +81,7 @@ class CISPO:
         self, logprobs: Tensor, rollout: Rollout, *, beta: float, entropy: Tensor | None = None
     ) -> LossOutput:
         """Weighted REINFORCE, KL and entropy bonus per token; see `Algorithm.loss`."""
-        policy = cispo_policy_loss(*policy_inputs(logprobs, rollout), clip_high=self.clip_high)
+        policy = cispo_policy_loss(*policy_inputs(logprobs, rollout), clip_high=self.max_weight - 1)
         return regularized(
             policy,
             logprobs,

@@ -26,7 +26,7 @@ from lightning_grpo.types import LossOutput, Rollout, SumOverRanks
 class GSPO:
     """Group sequence policy optimization: GRPO with the ratio, and the clip, of completions.
 
-    loss[b] = -min(s[b] * A[b], clip(s[b], 1 - clip_low, 1 + clip_high) * A[b])
+    loss[b] = -min(s[b] * A[b], clip(s[b], 1 - sequence_clip_low, 1 + sequence_clip_high) * A[b])
     s[b] = exp(mean over the tokens of b of (logprobs - old_logprobs))
 
     averaged over completions; KL and entropy bonus as in GRPO.
@@ -35,8 +35,9 @@ class GSPO:
     Departs: as GRPO.
 
     Args:
-        clip_low: how far below 1 the ratio counts, (0, 1); much less than for tokens.
-        clip_high: how far above 1 the ratio counts, > 0.
+        sequence_clip_low: how far below 1 the ratio of a completion counts, (0, 1); much less
+            than for tokens.
+        sequence_clip_high: how far above 1 it counts, > 0.
         baseline: mean of the whole group, or of the siblings only.
         scale: divide by the group's std, or not.
         kl_estimator: how the KL to the reference enters the loss, as in GRPO.
@@ -44,8 +45,8 @@ class GSPO:
         mask_truncated: leave completions that the token limit cut off out of the loss.
     """
 
-    clip_low: float = 3e-4
-    clip_high: float = 4e-4
+    sequence_clip_low: float = 3e-4
+    sequence_clip_high: float = 4e-4
     baseline: Baseline = "group_mean"
     scale: Scale = "std"
     kl_estimator: KLKind = "k3"
@@ -53,7 +54,7 @@ class GSPO:
     mask_truncated: bool = False
 
     def __post_init__(self) -> None:
-        check_clip(self.clip_low, self.clip_high)
+        check_clip(self.sequence_clip_low, self.sequence_clip_high)
         check_at_least_zero(entropy_coef=self.entropy_coef)
         check_choices(
             baseline=(self.baseline, Baseline),
@@ -85,7 +86,9 @@ class GSPO:
     ) -> LossOutput:
         """Sequence-clipped policy loss, KL and entropy bonus per token; see `Algorithm.loss`."""
         policy = sequence_clipped_policy_loss(
-            *policy_inputs(logprobs, rollout), clip_low=self.clip_low, clip_high=self.clip_high
+            *policy_inputs(logprobs, rollout),
+            clip_low=self.sequence_clip_low,
+            clip_high=self.sequence_clip_high,
         )
         return regularized(
             policy,

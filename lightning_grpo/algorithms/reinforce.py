@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -27,8 +26,6 @@ from lightning_grpo.masking import Reduction
 from lightning_grpo.types import LossOutput, Rollout, SumOverRanks
 from lightning_grpo.whitening import masked_whiten
 
-GroupBaseline = Literal["none", "group_mean"]
-
 
 @dataclass(frozen=True)
 class ReinforcePlusPlus:
@@ -36,18 +33,17 @@ class ReinforcePlusPlus:
 
     A[b,t] = whiten(r[b] - baseline[b] - sum over tokens i >= t of beta * (old[b,i] - ref[b,i]))
 
-    with PPO's clipped loss; KL and entropy bonus in the loss as in GRPO.
+    with PPO's clipped loss, averaged over all tokens; KL and entropy bonus in the loss as in GRPO.
 
-    Source: REINFORCE++ (arXiv:2501.03262); `baseline: group_mean` is its variant with a baseline.
+    Source: REINFORCE++ (arXiv:2501.03262); `subtract_group_mean` is its variant with a baseline.
     Departs: whitening by the sample std (ddof 1) plus 1e-8.
 
     Args:
         clip_low: how far below 1 the ratio counts, (0, 1).
         clip_high: how far above 1 the ratio counts, > 0.
         dual_clip: caps the loss at this multiple of |A| where A < 0, > 1; null for no cap.
-        baseline: subtract the group's mean reward before whitening (group_mean), or nothing
-            (none), which works with one completion per prompt.
-        reduction: how tokens are averaged, as in GRPO.
+        subtract_group_mean: whether the group's mean reward is subtracted before whitening;
+            without it one completion per prompt will do.
         kl_estimator: how the KL to the reference enters the loss, as in GRPO.
         entropy_coef: weight of an entropy bonus, >= 0.
     """
@@ -55,8 +51,7 @@ class ReinforcePlusPlus:
     clip_low: float = 0.2
     clip_high: float = 0.2
     dual_clip: float | None = None
-    baseline: GroupBaseline = "none"
-    reduction: Reduction = "token"
+    subtract_group_mean: bool = False
     kl_estimator: KLKind = "k3"
     entropy_coef: float = 0.0
 
@@ -64,20 +59,23 @@ class ReinforcePlusPlus:
         check_clip(self.clip_low, self.clip_high, self.dual_clip)
         check_at_least_zero(entropy_coef=self.entropy_coef)
         check_choices(
-            baseline=(self.baseline, GroupBaseline),
-            reduction=(self.reduction, Reduction),
             kl_estimator=(self.kl_estimator, KLKind),
         )
 
+    @property
+    def reduction(self) -> Reduction:
+        """Every token weighs the same."""
+        return "token"
+
     def check_group_size(self, group_size: int) -> None:
         """Refuse a group without siblings when their mean is the baseline."""
-        if self.baseline == "group_mean":
-            check_has_siblings(group_size, "ReinforcePlusPlus with baseline group_mean")
+        if self.subtract_group_mean:
+            check_has_siblings(group_size, "ReinforcePlusPlus with subtract_group_mean")
 
     def prepare(self, rollout: Rollout, *, beta: float, sum_over_ranks: SumOverRanks) -> Rollout:
         """Add whitened advantages, and mask rows without a reward; see `Algorithm.prepare`."""
         scores = scores_of(rollout)
-        if self.baseline == "group_mean":
+        if self.subtract_group_mean:
             scores = scores - group_statistics(scores, rollout.group_ids).mean
         rollout = without_unscored(rollout)
         mask = rollout.action_mask
