@@ -456,6 +456,9 @@ def test_groups_of_one_are_refused_where_siblings_are_compared():
 BAD_OPTIONS = {
     "clip_low": (0.0, 1.0, NAN),
     "clip_high": (0.0, -0.1, NAN),
+    "sequence_clip_low": (0.0, 1.0, NAN),
+    "sequence_clip_high": (0.0, -0.1, NAN),
+    "max_weight": (1.0, NAN),
     "dual_clip": (1.0, NAN),
     "entropy_coef": (-0.1, NAN),
     "baseline": ("median",),
@@ -477,7 +480,7 @@ BAD_OPTIONS = {
 @pytest.mark.parametrize("algorithm", ALL)
 def test_an_option_out_of_its_range_is_refused_by_name(algorithm):
     for field in dataclasses.fields(algorithm):
-        if field.name in ("whiten", "mask_truncated"):
+        if field.name in ("whiten", "mask_truncated", "subtract_group_mean"):
             continue
         for value in BAD_OPTIONS[field.name]:
             with pytest.raises(ValueError, match=f"^{field.name} "):
@@ -492,8 +495,11 @@ def test_the_defaults(algorithm):
         "reduction": "completion" if over_completions else "token",
         "entropy_coef": 0.0,
     }
-    bounds = {GSPO: (3e-4, 4e-4), CISPO: (None, 4.0)}.get(algorithm, (0.2, 0.2))
-    assert (getattr(algorithm(), "clip_low", None), algorithm().clip_high) == bounds
+    bounds = {
+        GSPO: {"sequence_clip_low": 3e-4, "sequence_clip_high": 4e-4},
+        CISPO: {"max_weight": 5.0},
+    }.get(algorithm, {"clip_low": 0.2, "clip_high": 0.2})
+    assert {name: getattr(algorithm(), name) for name in bounds} == bounds
     assert algorithm().kl_estimator == "k3"
 
 
@@ -587,3 +593,11 @@ def test_an_exact_critic_has_no_error_at_the_prompt_whatever_shapes_the_reward(b
     torch.testing.assert_close(prediction, expected, rtol=1e-6, atol=1e-6)
     unscored = rollout.replace(rewards=torch.tensor([3.0, math.nan, 5.0, 5.0]).double())
     assert ppo.at_prompt(unscored, beta=0.5)[0].isnan().tolist() == [False, True, False, False]
+
+
+def test_an_option_of_one_algorithm_means_the_same_in_every_other_that_takes_it():
+    """The command line carries options over when the algorithm changes, GRPO's defaults too."""
+    defaults = {f.name: f.default for f in dataclasses.fields(GRPO)}
+    for algorithm in (GSPO, CISPO, ReinforcePlusPlus):
+        for field in dataclasses.fields(algorithm):
+            assert field.default == defaults.get(field.name, field.default), (algorithm, field.name)

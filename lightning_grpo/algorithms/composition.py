@@ -14,12 +14,14 @@ from lightning_grpo.masking import masked_sum
 from lightning_grpo.types import LossOutput, Rollout
 
 
-def check_clip(clip_low: float, clip_high: float, dual_clip: float | None = None) -> None:
-    """Refuse bounds of the ratio that bound nothing, or everything."""
+def check_clip(
+    clip_low: float, clip_high: float, dual_clip: float | None = None, *, prefix: str = ""
+) -> None:
+    """Refuse bounds of the ratio that bound nothing or everything, by their names with a prefix."""
     if not 0 < clip_low < 1:
-        raise ValueError(f"clip_low must lie in (0, 1), got {clip_low}")
+        raise ValueError(f"{prefix}clip_low must lie in (0, 1), got {clip_low}")
     if not clip_high > 0:
-        raise ValueError(f"clip_high must be positive, got {clip_high}")
+        raise ValueError(f"{prefix}clip_high must be positive, got {clip_high}")
     if dual_clip is not None and not dual_clip > 1:
         raise ValueError(f"dual_clip must be above 1, got {dual_clip}")
 

@@ -54,7 +54,7 @@ class GSPO:
     mask_truncated: bool = False
 
     def __post_init__(self) -> None:
-        check_clip(self.sequence_clip_low, self.sequence_clip_high)
+        check_clip(self.sequence_clip_low, self.sequence_clip_high, prefix="sequence_")
         check_at_least_zero(entropy_coef=self.entropy_coef)
         check_choices(
             baseline=(self.baseline, Baseline),
