@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, get_args
+from typing import Any, Protocol, get_args
 
 import torch
 from torch import Tensor
 
 from lightning_grpo.advantages import Baseline, Scale, group_advantages
 from lightning_grpo.kl import KLKind, kl_estimate
+from lightning_grpo.losses import clipped_policy_loss
 from lightning_grpo.masking import masked_sum
 from lightning_grpo.types import LossOutput, Rollout
 
@@ -138,6 +139,72 @@ def policy_inputs(logprobs: Tensor, rollout: Rollout) -> tuple[Tensor, Tensor, T
     old_logprobs = logprobs.detach() if rollout.old_logprobs is None else rollout.old_logprobs
     advantages = required(rollout, "advantages", "prepare it first")
     return logprobs, old_logprobs, advantages, rollout.action_mask
+
+
+class ClipOptions(Protocol):
+    """The options of a clipped loss, as an algorithm has them."""
+
+    @property
+    def clip_low(self) -> float:
+        """How far below 1 the ratio counts."""
+        ...
+
+    @property
+    def clip_high(self) -> float:
+        """How far above 1 the ratio counts."""
+        ...
+
+    @property
+    def dual_clip(self) -> float | None:
+        """Caps the loss where A < 0."""
+        ...
+
+    @property
+    def kl_estimator(self) -> KLKind:
+        """How the KL enters the loss."""
+        ...
+
+    @property
+    def entropy_coef(self) -> float:
+        """Weight of the entropy bonus."""
+        ...
+
+
+def clipped_loss(
+    options: ClipOptions,
+    logprobs: Tensor,
+    rollout: Rollout,
+    *,
+    beta: float,
+    entropy: Tensor | None,
+) -> LossOutput:
+    """The clipped loss with KL and entropy bonus, of the algorithms that share it.
+
+    Args:
+        options: the algorithm.
+        logprobs: (b, C) under the current policy, nats.
+        rollout: the same rows, prepared.
+        beta: weight of the KL in the loss.
+        entropy: (b, C), nats, with gradients.
+
+    Returns:
+        Token losses (b, C) and metrics.
+    """
+    policy = clipped_policy_loss(
+        *policy_inputs(logprobs, rollout),
+        clip_low=options.clip_low,
+        clip_high=options.clip_high,
+        dual_clip=options.dual_clip,
+    )
+    return regularized(
+        policy,
+        logprobs,
+        rollout,
+        beta=beta,
+        kl_estimator=options.kl_estimator,
+        entropy=entropy,
+        entropy_coef=options.entropy_coef,
+    )
 
 
 def regularized(

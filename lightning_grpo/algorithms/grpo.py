@@ -12,12 +12,10 @@ from lightning_grpo.algorithms.composition import (
     check_choices,
     check_clip,
     check_has_siblings,
-    policy_inputs,
-    regularized,
+    clipped_loss,
     with_group_advantages,
 )
 from lightning_grpo.kl import KLKind
-from lightning_grpo.losses import clipped_policy_loss
 from lightning_grpo.masking import Reduction
 from lightning_grpo.types import LossOutput, Rollout, SumOverRanks
 
@@ -93,18 +91,4 @@ class GRPO:
         self, logprobs: Tensor, rollout: Rollout, *, beta: float, entropy: Tensor | None = None
     ) -> LossOutput:
         """Clipped policy loss, KL and entropy bonus per token; see `Algorithm.loss`."""
-        policy = clipped_policy_loss(
-            *policy_inputs(logprobs, rollout),
-            clip_low=self.clip_low,
-            clip_high=self.clip_high,
-            dual_clip=self.dual_clip,
-        )
-        return regularized(
-            policy,
-            logprobs,
-            rollout,
-            beta=beta,
-            kl_estimator=self.kl_estimator,
-            entropy=entropy,
-            entropy_coef=self.entropy_coef,
-        )
+        return clipped_loss(self, logprobs, rollout, beta=beta, entropy=entropy)

@@ -15,16 +15,14 @@ from lightning_grpo.algorithms.composition import (
     check_choices,
     check_clip,
     check_has_siblings,
+    clipped_loss,
     kl_terms,
-    policy_inputs,
-    regularized,
     required,
     scores_of,
     without_unscored,
 )
 from lightning_grpo.gae import gae, length_adaptive_lambda, token_rewards
 from lightning_grpo.kl import KLKind
-from lightning_grpo.losses import clipped_policy_loss
 from lightning_grpo.masking import Reduction
 from lightning_grpo.types import LossOutput, Rollout, SumOverRanks
 from lightning_grpo.value_loss import clipped_value_loss
@@ -198,21 +196,7 @@ class PPO:
         self, logprobs: Tensor, rollout: Rollout, *, beta: float, entropy: Tensor | None = None
     ) -> LossOutput:
         """The policy's loss, without the critic's; see `Algorithm.loss`."""
-        policy = clipped_policy_loss(
-            *policy_inputs(logprobs, rollout),
-            clip_low=self.clip_low,
-            clip_high=self.clip_high,
-            dual_clip=self.dual_clip,
-        )
-        return regularized(
-            policy,
-            logprobs,
-            rollout,
-            beta=beta,
-            kl_estimator=self.kl_estimator,
-            entropy=entropy,
-            entropy_coef=self.entropy_coef,
-        )
+        return clipped_loss(self, logprobs, rollout, beta=beta, entropy=entropy)
 
     def _advantages(self, rollout: Rollout, *, beta: float, gae_lambda: float | Tensor) -> Tensor:
         """(B, C) float64 advantages over the values, 0 on rows without a reward."""
