@@ -14,6 +14,7 @@ from jsonargparse import ArgumentParser
 # Subcommand -> module that holds the function of that name.
 TOOLS = {
     "memory": "lightning_grpo.tools.memory",
+    "benchmark": "lightning_grpo.tools.benchmark",
     "export_critic": "lightning_grpo.tools.export_critic",
 }
 

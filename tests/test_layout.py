@@ -41,7 +41,7 @@ LAYERS = [
         *("saved_run", "stages", "evidence", "switching"),
     },
     {"callbacks"},
-    {"cli", "console", "run_files", "tool_commands", "tools", "conf", "__main__"},
+    {"cli", "console", "run_files", "tool_commands", "tools", "conf", "__main__", "benchmark"},
 ]
 PURE = {
     *("masking", "logprobs", "kl", "advantages", "losses", "intervals", "separability"),

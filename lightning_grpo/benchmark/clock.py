@@ -31,7 +31,9 @@ class StepClock:
         self.device = device
         self.phase = "other"
         self.tokens: Counter[str] = Counter()
-        self.notes: dict[str, float] = {}
+        """Forwarded in each phase of the running step."""
+        self.lengths: list[int] = []
+        """Of the completions of the running step, in tokens."""
         self._times: dict[str, list[float]] = {}
         self._start: tuple[float, float] | None = None
         self._mark = (0.0, 0.0)
@@ -47,12 +49,12 @@ class StepClock:
         if self._start is not None:
             self.enter("other")
             now = _times()
-            self.notes |= {f"{phase}_tokens": float(n) for phase, n in self.tokens.items()}
             self._report(
                 cpu_s=now[0] - self._start[0],
                 wall_s=now[1] - self._start[1],
                 phases=self._times,
-                notes=self.notes,
+                tokens=self.tokens,
+                lengths=self.lengths,
             )
         else:
             self._report()
@@ -60,7 +62,7 @@ class StepClock:
         if word not in ("step", "profile"):
             raise SystemExit(0)
         self._syncs_phases = word == "profile"
-        self._times, self.notes, self.phase = {}, {}, "other"
+        self._times, self.lengths, self.phase = {}, [], "other"
         self.tokens.clear()
         self._start = self._mark = _times()
 

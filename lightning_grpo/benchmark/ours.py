@@ -6,15 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-from torch import Tensor
 
 from lightning_grpo.benchmark.clock import StepClock
-from lightning_grpo.benchmark.workload import Regime, prompt_rows, varied_reward
+from lightning_grpo.benchmark.regimes import Regime
+from lightning_grpo.benchmark.workload import prompt_rows, varied_reward
 from lightning_grpo.callbacks import RewardScoring, RolloutGeneration, standard
 from lightning_grpo.data import PromptDataModule
-from lightning_grpo.hooks import call_hook
+from lightning_grpo.generation import NativeEngine
 from lightning_grpo.module import GRPOModule
 from lightning_grpo.run_files import run_loggers
+from lightning_grpo.types import Rollout
 
 
 class StepStart(L.Callback):
@@ -35,20 +36,22 @@ class PhaseMarks(L.Callback):
     def __init__(self, clock: StepClock) -> None:
         self.clock = clock
 
-    def on_fit_start(self, trainer: L.Trainer, module: GRPOModule) -> None:
+    def on_fit_start(self, trainer: L.Trainer, module: Any) -> None:
         """Count what the model forwards."""
-        embedding: Any = module.policy.causal_lm.get_input_embeddings()
+        embedding = module.policy.causal_lm.get_input_embeddings()
         embedding.register_forward_pre_hook(self.clock.count_tokens)
 
-    def on_rollout_end(self, trainer: L.Trainer, module: GRPOModule, rollout: Any) -> None:
+    def on_rollout_end(self, trainer: L.Trainer, module: GRPOModule, rollout: Rollout) -> None:
         """Rewards come next."""
-        self.clock.notes["completion_tokens"] = float(rollout.completion_mask.sum())
-        counts = getattr(module.engine, "counts", None)
-        if counts is not None:
-            self.clock.tokens["rollout"] += counts.num_prefill_tokens + counts.num_row_steps
+        self.clock.lengths = rollout.completion_mask.sum(1).tolist()
+        if isinstance(module.engine, NativeEngine):
+            # A decoder of its own goes around the embedding that counts.
+            counts = module.engine.counts
+            own = counts.num_prefill_tokens + counts.num_row_steps
+            self.clock.tokens["rollout"] = max(self.clock.tokens["rollout"], own)
         self.clock.enter("reward")
 
-    def on_rewards_end(self, trainer: L.Trainer, module: GRPOModule, rollout: Any) -> None:
+    def on_rewards_end(self, trainer: L.Trainer, module: GRPOModule, rollout: Rollout) -> None:
         """Old and reference log-probs and advantages come next."""
         self.clock.enter("scoring")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,8 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, TrainerCallback
 
 from lightning_grpo.benchmark.clock import StepClock
-from lightning_grpo.benchmark.workload import Regime, prompt_rows, varied_reward
+from lightning_grpo.benchmark.regimes import Regime
+from lightning_grpo.benchmark.workload import prompt_rows, varied_reward
 
 
 class StepStart(TrainerCallback):
@@ -33,7 +33,13 @@ class StepStart(TrainerCallback):
 
 
 def make_trainer(
-    folder: Path, work: Path, regime: Regime, rows: list[dict[str, str]], **options: Any
+    folder: Path,
+    work: Path,
+    regime: Regime,
+    rows: list[dict[str, str]],
+    *,
+    rollout_func: Any = None,
+    **options: Any,
 ) -> Any:
     """A GRPOTrainer on a model folder.
 
@@ -42,15 +48,16 @@ def make_trainer(
         work: where TRL may write.
         regime: sizes.
         rows: with a column `prompt`.
-        **options: of GRPOConfig; the others are those of the benchmark.
+        rollout_func: makes the completions in TRL's place.
+        **options: of GRPOConfig, and rows_per_forward; the others are those of the benchmark.
 
     Returns:
         The trainer.
     """
-    os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
     from datasets import Dataset
     from trl import GRPOConfig, GRPOTrainer
 
+    make: Any = GRPOTrainer
     is_cuda = torch.cuda.is_available()
     rows_per_forward = options.pop("rows_per_forward", None) or regime.num_completions
     settings: dict[str, Any] = {
@@ -72,10 +79,11 @@ def make_trainer(
         "disable_tqdm": True,
     }
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    return GRPOTrainer(
+    return make(
         model=model,
         processing_class=PreTrainedTokenizerFast.from_pretrained(folder),
         reward_funcs=varied_reward,
+        rollout_func=rollout_func,
         train_dataset=Dataset.from_list(rows),
         args=GRPOConfig(output_dir=str(work), **(settings | options)),
     )
@@ -111,7 +119,7 @@ def mark_phases(trainer: Any, clock: StepClock) -> None:
 
     def generate(*args: Any, **kwargs: Any) -> Any:
         made = make(*args, **kwargs)
-        clock.notes["completion_tokens"] = float(sum(map(len, made[1])))
+        clock.lengths = [len(ids) for ids in made[1]]
         return made
 
     trainer._generate = generate

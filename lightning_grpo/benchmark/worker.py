@@ -1,7 +1,7 @@
-"""One contestant in its own process: `python -m lightning_grpo.benchmark.worker JOB.json`.
+"""One job in a process of its own: `python -m lightning_grpo.benchmark.worker JOB.json`.
 
-It makes one step for each line of its standard input, and reports each on its standard output;
-what libraries print goes to standard error.
+A contestant makes one step for each line of its standard input and reports each on its standard
+output; other jobs report once. What libraries print goes to standard error.
 """
 
 from __future__ import annotations
@@ -10,29 +10,54 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 
 from lightning_grpo.benchmark.clock import StepClock
-from lightning_grpo.benchmark.workload import Regime
+from lightning_grpo.benchmark.machine import machine_name, measure_machine
+from lightning_grpo.benchmark.regimes import Regime
+from lightning_grpo.console import quiet_libraries
 
 
-def main(job: dict[str, Any]) -> None:
-    """Train as one contestant.
+def main(job: dict[str, Any], reports: TextIO) -> None:
+    """Do a job.
 
     Args:
-        job: kind (ours or trl), regime, folder, work, num_steps, num_threads, options.
+        job: kind (ours, trl, parity, sampler or machine), num_threads, and what the kind takes:
+            regime, folder of the model, work for files, num_steps and options of a contestant.
+        reports: gets JSON lines.
     """
-    reports = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)
     torch.set_num_threads(job["num_threads"])
     torch.manual_seed(0)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    clock = StepClock(sys.stdin, reports, device)
-    regime = Regime(**job["regime"])
-    folder, work = Path(job["folder"]), Path(job["work"])
-    # Each contestant pays for its own imports only.
+    kind = job["kind"]
+    # Each process pays for its own imports only: they count in its peak memory.
+    if kind == "machine":
+        report: Any = {"name": machine_name(device), "device": device.type}
+        report |= measure_machine(device)._asdict()
+    elif kind == "parity":
+        from lightning_grpo.benchmark.parity import compare
+
+        report = compare(*_paths(job), device, job["dtype"])
+    elif kind == "sampler":
+        from lightning_grpo.benchmark.sampler_gap import sampler_gaps
+
+        folder, _, regime = _paths(job)
+        report = [gap._asdict() for gap in sampler_gaps(folder, regime, device)]
+    else:
+        clock = StepClock(sys.stdin, reports, device)
+        _train(job, clock)
+        return
+    reports.write(json.dumps(report) + "\n")
+
+
+def _paths(job: dict[str, Any]) -> tuple[Path, Path, Regime]:
+    return Path(job["folder"]), Path(job["work"]), Regime(**job["regime"])
+
+
+def _train(job: dict[str, Any], clock: StepClock) -> None:
+    folder, work, regime = _paths(job)
     if job["kind"] == "ours":
         from lightning_grpo.benchmark.ours import train_ours
 
@@ -44,4 +69,8 @@ def main(job: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    main(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")))
+    quiet_libraries()
+    # What is printed must not mix with the reports.
+    with os.fdopen(os.dup(1), "w", encoding="utf-8") as lines:
+        os.dup2(2, 1)
+        main(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")), lines)

@@ -1,89 +1,21 @@
-"""What every contestant gets: the same weights, tokenizer, prompts, lengths and reward."""
+"""What every contestant gets: the same weights, tokenizer, prompts, and reward."""
 
 from __future__ import annotations
 
 import random
 import zlib
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers import PreTrainedTokenizerFast, Qwen2ForCausalLM
 
-Length = Literal["fixed", "variable"]
-
-
-@dataclass(frozen=True)
-class Shape:
-    """Sizes of a Qwen2 with tied embeddings."""
-
-    hidden_size: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    intermediate_size: int
-    vocab_size: int
-
-    def config(self, max_positions: int) -> Qwen2Config:
-        """The configuration of transformers."""
-        return Qwen2Config(
-            hidden_size=self.hidden_size,
-            num_hidden_layers=self.num_layers,
-            num_attention_heads=self.num_heads,
-            num_key_value_heads=self.num_kv_heads,
-            intermediate_size=self.intermediate_size,
-            vocab_size=self.vocab_size,
-            max_position_embeddings=max_positions,
-            tie_word_embeddings=True,
-            pad_token_id=0,
-            bos_token_id=None,
-            eos_token_id=None,
-        )
-
-
-SHAPES = {
-    "tiny": Shape(128, 4, 4, 2, 352, 512),
-    "30m": Shape(512, 8, 8, 2, 1408, 4096),
-    "0.5b": Shape(896, 24, 14, 2, 4864, 151936),
-}
-
-
-@dataclass(frozen=True)
-class Regime:
-    """Sizes of one training step.
-
-    Args:
-        shape: name of the model's shape.
-        prompt_tokens: P, of every prompt.
-        completion_tokens: C, the longest completion.
-        length: whether every completion has C tokens, or ends by itself before.
-        mean_tokens: mean length of completions that end by themselves, C unbounded.
-        group_size: G, completions per prompt.
-        num_completions: B, completions per step.
-    """
-
-    shape: str
-    prompt_tokens: int
-    completion_tokens: int
-    length: Length
-    mean_tokens: int
-    group_size: int
-    num_completions: int
-
-    @property
-    def num_prompts(self) -> int:
-        """N, prompts per step."""
-        return self.num_completions // self.group_size
-
-    def as_dict(self) -> dict[str, Any]:
-        """For a file."""
-        return asdict(self)
+from lightning_grpo.benchmark.regimes import SHAPES, Regime
 
 
 def bench_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
-    """A tokenizer of words w0, w1, ... whose EOS has an id that no model of this size can draw.
+    """A tokenizer of words w1, w2, ... whose EOS has an id that no model of this size can draw.
 
     No completion ends before its limit then, without a logits processor that would cost time.
 
@@ -123,18 +55,17 @@ def write_model(folder: Path, regime: Regime, seed: int = 0) -> None:
 
     Args:
         folder: where to write.
-        regime: gives shape, positions, and which ids end a completion.
+        regime: gives the shape, and which ids end a completion.
         seed: of the weights.
     """
     shape = SHAPES[regime.shape]
     tokenizer = bench_tokenizer(shape.vocab_size)
-    torch.manual_seed(seed)
-    model: Any = Qwen2ForCausalLM(shape.config(regime.prompt_tokens + regime.completion_tokens))
-    ids = (
-        stopping_ids(shape.vocab_size, regime.mean_tokens)
-        if regime.length == "variable"
-        else tokenizer.eos_token_id
-    )
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        model: Any = Qwen2ForCausalLM(shape.config())
+    ids: Any = tokenizer.eos_token_id
+    if regime.length == "variable":
+        ids = stopping_ids(shape.vocab_size, regime.mean_tokens)
     model.generation_config.eos_token_id = ids
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     model.save_pretrained(folder)
@@ -142,7 +73,7 @@ def write_model(folder: Path, regime: Regime, seed: int = 0) -> None:
 
 
 def prompt_rows(regime: Regime, num_steps: int, seed: int = 0) -> list[dict[str, str]]:
-    """Prompts of P random words, different in every step and group.
+    """Prompts of P random words, other ones in every step.
 
     Args:
         regime: gives P, N and V.
