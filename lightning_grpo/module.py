@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -50,11 +50,11 @@ from lightning_grpo.packing_check import Packing, settle_packing
 from lightning_grpo.paths import resolve_package_path
 from lightning_grpo.policy import Dtype, Policy, eos_token_ids, load_policy
 from lightning_grpo.reference import Reference, frozen_reference_hash, settle_reference
-from lightning_grpo.rewards import Scorer
+from lightning_grpo.rewards import EarlyScores, Scorer, Scores
 from lightning_grpo.rollout import RolloutSettings, collect_rollout
 from lightning_grpo.run_state import Counters, Phase
 from lightning_grpo.saved_run import KEY, check_record, read_checkpoint, record_of, restore_record
-from lightning_grpo.scoring import score_completions
+from lightning_grpo.scoring import score_completions, start_scoring
 from lightning_grpo.sharding import check_mesh, shard_policy
 from lightning_grpo.snapshot import WeightSnapshot
 from lightning_grpo.stages import Stage, is_ppo, moves_policy
@@ -124,6 +124,8 @@ class GRPOModule(L.LightningModule):
     """Whether a supervised phase came before."""
     initial_hash: str = ""
     """Of the weights that the model's folder gave."""
+    early_scores: EarlyScores | None = None
+    """Of the rows of a rollout that is not scored yet."""
     print_above_bar: Callable[..., None] | None = None
     """Set by a progress bar that others must not print into."""
 
@@ -422,13 +424,16 @@ class GRPOModule(L.LightningModule):
 
     # Completions
 
-    def make_rollout(self, prompts: PromptBatch, *, is_training: bool) -> Rollout:
+    def make_rollout(
+        self, prompts: PromptBatch, *, is_training: bool, is_scored: bool = True
+    ) -> Rollout:
         """Complete prompts with the policy as it is.
 
         Args:
             prompts: N prompts.
             is_training: with the training settings and the iteration's draws, or those of
                 validation, which are the same at every validation.
+            is_scored: reward functions may begin with rows that have ended; `score` ends it.
 
         Returns:
             A rollout without rewards.
@@ -437,15 +442,42 @@ class GRPOModule(L.LightningModule):
         key = SamplingKey(settings.seed, self.counters.iterations)
         if not is_training:
             key = SamplingKey(settings.seed + _VAL_SEED_OFFSET, 0)
-        return collect_rollout(
-            self.engine,
-            self.tokenizer,
-            prompts,
-            settings.sampling if is_training else settings.val_sampling,
-            settings.group_size if is_training else settings.num_val_samples,
-            key=key,
-            on_finished=self.phase.advance,
-        )
+        group_size = settings.group_size if is_training else settings.num_val_samples
+        early = EarlyScores({})
+        if is_scored and self.scorer is not None:
+            early = start_scoring(self.scorer, prompts, group_size, self.trainer_state())
+        num_rows, num_done = len(prompts) * group_size, 0
+
+        def on_completed(rows: Sequence[int], *completed: Any) -> None:
+            nonlocal num_done
+            num_done += len(rows)
+            self.phase.advance(num_done, num_rows)
+            early.add(rows, *completed)
+
+        with early:
+            rollout = collect_rollout(
+                self.engine,
+                self.tokenizer,
+                prompts,
+                settings.sampling if is_training else settings.val_sampling,
+                group_size,
+                key=key,
+                on_completed=on_completed,
+            )
+        self.early_scores = early
+        return rollout
+
+    def score(self, rollout: Rollout) -> Scores:
+        """Give a rollout's completions to the reward functions.
+
+        Args:
+            rollout: B rows, made by `make_rollout` and perhaps changed.
+
+        Returns:
+            Rewards of B rows and what the functions logged.
+        """
+        early, self.early_scores = self.early_scores, None
+        return score_completions(self.required_scorer, rollout, self.trainer_state(), early)
 
     @property
     def engine(self) -> Engine:
@@ -470,13 +502,13 @@ class GRPOModule(L.LightningModule):
 
     def predict_step(self, batch: EvalBatch, batch_idx: int) -> Rollout:
         """Complete a batch of prompts."""
-        return self.make_rollout(batch.prompts, is_training=False)
+        return self.make_rollout(batch.prompts, is_training=False, is_scored=False)
 
     def _evaluate(self, prompts: PromptBatch, metrics: MetricCollection, phase: str) -> None:
         self.phase.enter(phase)
         rollout = self.make_rollout(prompts, is_training=False)
         with failing_together(self, "scoring completions"):
-            scores = score_completions(self.required_scorer, rollout, self.trainer_state())
+            scores = self.score(rollout)
             successes = self.judge.successes(scores.function_rewards) if len(rollout) else []
             answers = self.judge.answers(rollout.completions)
         update_metrics(

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from lightning_grpo.generation import EngineName
-from lightning_grpo.generation.protocol import Engine, OnFinished, Sampling, SamplingKey
+from lightning_grpo.generation.protocol import Engine, Sampling, SamplingKey
 from lightning_grpo.generation.transformers_engine import left_pad
 from lightning_grpo.types import CompletionText, PromptBatch, Rollout
+
+# Called with rows that have ended: their numbers, completions and token ids.
+OnCompleted = Callable[[Sequence[int], Sequence[CompletionText], Sequence[list[int]]], None]
 
 
 @dataclass(frozen=True)
@@ -69,7 +75,7 @@ def collect_rollout(
     group_size: int,
     *,
     key: SamplingKey,
-    on_finished: OnFinished | None = None,
+    on_completed: OnCompleted | None = None,
 ) -> Rollout:
     """Complete each prompt `group_size` times and make the rollout of it.
 
@@ -80,26 +86,31 @@ def collect_rollout(
         sampling: what to draw from.
         group_size: G, completions per prompt.
         key: decides every draw.
-        on_finished: told how many rows have ended.
+        on_completed: gets every row once, as soon as the engine says that it has ended.
 
     Returns:
         B = N * G rows on the engine's device, without rewards.
     """
-    drawn = engine.generate(prompts, sampling, group_size, key=key, on_finished=on_finished)
+    rendered = [prompt for prompt in prompts.prompts for _ in range(group_size)]
+    completions: dict[int, CompletionText] = {}
+
+    def complete(rows: Sequence[int], token_lists: Sequence[list[int]]) -> None:
+        texts = tokenizer.batch_decode(list(token_lists), skip_special_tokens=True)
+        for row, text in zip(rows, texts, strict=True):
+            is_text = isinstance(rendered[row], str)
+            completions[row] = text if is_text else [{"role": "assistant", "content": text}]
+        if on_completed is not None:
+            on_completed(rows, [completions[row] for row in rows], token_lists)
+
+    drawn = engine.generate(prompts, sampling, group_size, key=key, on_finished=complete)
+    rest = [row for row in range(len(rendered)) if row not in completions]
+    if rest:
+        token_lists = completion_lists(drawn.completion_ids, drawn.completion_mask)
+        complete(rest, [token_lists[row] for row in rest])
     device = drawn.completion_ids.device
     repeated = [ids for ids in prompts.prompt_ids for _ in range(group_size)]
     pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     prompt_ids, prompt_mask = left_pad(repeated, int(pad_token_id), device)
-    lengths = drawn.completion_mask.sum(1).tolist()
-    token_lists = [
-        row[:length] for row, length in zip(drawn.completion_ids.tolist(), lengths, strict=True)
-    ]
-    texts = tokenizer.batch_decode(token_lists, skip_special_tokens=True) if token_lists else []
-    rendered = [prompt for prompt in prompts.prompts for _ in range(group_size)]
-    completions: list[CompletionText] = [
-        text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
-        for prompt, text in zip(rendered, texts, strict=True)
-    ]
     group_ids = torch.tensor(prompts.group_ids, dtype=torch.int64, device=device)
     return Rollout(
         prompt_ids=prompt_ids,
@@ -111,9 +122,28 @@ def collect_rollout(
         group_ids=group_ids.repeat_interleave(group_size),
         truncated=drawn.truncated,
         prompts=rendered,
-        completions=completions,
-        columns={
-            name: [value for value in values for _ in range(group_size)]
-            for name, values in prompts.columns.items()
-        },
+        completions=[completions[row] for row in range(len(rendered))],
+        columns=repeated_columns(prompts, group_size),
     )
+
+
+def repeated_columns(prompts: PromptBatch, group_size: int) -> dict[str, list[Any]]:
+    """The columns of N prompts, each value once for every completion."""
+    return {
+        name: [value for value in values for _ in range(group_size)]
+        for name, values in prompts.columns.items()
+    }
+
+
+def completion_lists(completion_ids: Tensor, completion_mask: Tensor) -> list[list[int]]:
+    """Token ids without padding.
+
+    Args:
+        completion_ids: (B, C) right-padded.
+        completion_mask: (B, C) bool.
+
+    Returns:
+        B lists.
+    """
+    lengths = completion_mask.sum(1).tolist()
+    return [row[:length] for row, length in zip(completion_ids.tolist(), lengths, strict=True)]

@@ -56,7 +56,7 @@ class DecodeLoop:
         num_tokens: V, tokens that can be drawn.
         device: of the decoder.
         max_rows: rows that run at a time; 0 for all.
-        on_finished: told how many rows have ended.
+        on_finished: gets the rows that have ended.
         counts: added to.
     """
 
@@ -106,6 +106,8 @@ class DecodeLoop:
         self.logprobs = torch.zeros(shape, dtype=torch.float32, device=device)
         self.lengths = of_rows([0] * self.num_rows)
         self.truncated = torch.zeros(self.num_rows, dtype=torch.bool, device=device)
+        self.is_reported = torch.zeros_like(self.truncated)
+        self.num_reported = 0
 
         self.num_started = 0
         self.num_draws = 0  # tokens drawn of the row that started first
@@ -141,8 +143,8 @@ class DecodeLoop:
             if self.num_draws - checked_at >= check_every or is_at_limit:
                 checked_at = self.num_draws
                 num_running = int(self.is_running.sum())
-                if self.on_finished is not None:
-                    self.on_finished(self.num_started - num_running, self.num_rows)
+                if self.num_started - num_running > self.num_reported:
+                    self._report_finished()
 
     def _step(self, tokens: Tensor) -> Tensor:
         self.counts.num_steps += 1
@@ -178,6 +180,19 @@ class DecodeLoop:
         self.truncated[self.rows] |= stops & ~ended
         self.is_running = self.is_running & ~stops
         return tokens
+
+    def _report_finished(self) -> None:
+        """Hand out the rows that have ended since the last report."""
+        if self.on_finished is None:
+            return
+        rows = ((self.lengths > 0) & ~self.is_reported).nonzero().flatten()
+        self.is_reported[rows] = True
+        self.num_reported += len(rows)
+        lengths = self.lengths[rows].tolist()
+        token_lists = self.ids[rows, : max(lengths)].tolist()
+        self.on_finished(
+            rows.tolist(), [ids[:n] for ids, n in zip(token_lists, lengths, strict=True)]
+        )
 
     def _drop_finished(self) -> Tensor:
         """Leave the rows in the decoder that still run.

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 from lightning_grpo.types import Completions, PromptBatch
 
-# Called with the number of finished rows and the number of all rows.
-OnFinished = Callable[[int, int], None]
+# Called with rows that have ended, as numbers from 0 to N * G - 1, and the token ids of each,
+# unpadded and up to and including what ended it; no row comes twice.
+OnFinished = Callable[[Sequence[int], Sequence[list[int]]], None]
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ class Engine(Protocol):
             sampling: temperature, truncation and stops.
             group_size: G, completions per prompt, >= 1.
             key: with group id, row in the group and position it decides every draw.
-            on_finished: told how many of the N * G rows have ended, as they end.
+            on_finished: gets each of the N * G rows once, soon after it has ended.
 
         Returns:
             N * G rows, the G rows of a prompt together, in the order of the prompts.

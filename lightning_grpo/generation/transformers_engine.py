@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -112,7 +112,7 @@ class TransformersEngine:
             )
             ends = _Ends(self.eos_token_ids, self.stop_criteria(sampling), draws)
             if on_finished is not None:
-                ends.report = partial(_add_finished, on_finished, start, num_rows)
+                ends.report = partial(_report, on_finished, start)
             prompt_ids = [prompts.prompt_ids[row // group_size] for row in chunk]
             self._decode(model, prompt_ids, draws, ends)
             parts.append(ends.completions())
@@ -199,7 +199,8 @@ class _Ends(StoppingCriteria):
         self.stop_strings = stop_strings
         self.draws = draws
         self.lengths = torch.zeros(len(draws.rows), dtype=torch.int64, device=device)
-        self.report: Callable[[int], None] | None = None
+        self.report: OnFinished | None = None
+        self.is_reported = torch.zeros_like(self.lengths, dtype=torch.bool)
         self.num_prompt_tokens = 0
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: object) -> Tensor:
@@ -209,25 +210,37 @@ class _Ends(StoppingCriteria):
             ended = ended | self.stop_strings(input_ids[:, self.num_prompt_tokens :], scores)
         running = self.lengths == 0
         self.lengths = torch.where(running & ended, len(self.draws.tokens), self.lengths)
-        if self.report is not None:
-            self.report(int((self.lengths > 0).sum()))
+        self._report_finished(self.lengths, input_ids[:, self.num_prompt_tokens :])
         return self.lengths > 0
+
+    def _report_finished(self, lengths: Tensor, ids: Tensor) -> None:
+        """Hand out the rows with a length that have not been handed out yet."""
+        if self.report is None:
+            return
+        rows = ((lengths > 0) & ~self.is_reported).nonzero().flatten()
+        if not len(rows):
+            return
+        self.is_reported[rows] = True
+        pairs = zip(ids[rows].tolist(), lengths[rows].tolist(), strict=True)
+        self.report(rows.tolist(), [row[:length] for row, length in pairs])
 
     def completions(self) -> Completions:
         """The rows of this chunk, as long as its longest."""
         ids = torch.stack(self.draws.tokens, dim=1)
         truncated = self.lengths == 0
         lengths = torch.where(truncated, ids.shape[1], self.lengths)
+        self._report_finished(lengths, ids)
         mask = torch.arange(ids.shape[1], device=ids.device) < lengths.unsqueeze(1)
         logprobs = torch.stack(self.draws.logprobs, dim=1)
         refuse_nonfinite(logprobs, mask)
         return Completions(ids, mask, torch.where(mask, logprobs, 0.0), truncated)
 
 
-def _add_finished(
-    on_finished: OnFinished, num_before: int, num_rows: int, num_finished: int
+def _report(
+    on_finished: OnFinished, start: int, rows: Sequence[int], token_lists: Sequence[list[int]]
 ) -> None:
-    on_finished(num_before + num_finished, num_rows)
+    """Report rows of a chunk that begins at row `start`."""
+    on_finished([start + row for row in rows], token_lists)
 
 
 def left_pad(
