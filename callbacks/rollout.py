@@ -86,7 +86,7 @@ class RolloutGeneration(L.Callback):
     def on_fit_start(self, trainer: L.Trainer, module: GRPOModule) -> None:
         """Check what the model and the data allow before anything is generated."""
         check_can_complete(module, trainer.datamodule.longest_prompt)  # type: ignore[attr-defined]
-        if module.old_logprobs == "sampler" and self.settings.sampling.restricts_tokens:
+        if module.choices.old_logprobs == "sampler" and self.settings.sampling.restricts_tokens:
             raise ValueError(
                 "model.old_logprobs sampler does not go with rollout.top_k or rollout.top_p: they "
                 "sample from another distribution than the one the loss differentiates"

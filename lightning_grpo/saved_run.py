@@ -17,12 +17,12 @@ KEY = "lightning_grpo"
 
 
 def record_of(module: GRPOModule) -> dict[str, Any]:
-    """Counters, beta, stage, and what is known of the reference, as plain values."""
+    """Counters, beta, choices, stage, and what is known of the reference, as plain values."""
     return {
         "counters": asdict(module.counters),
         "beta": module.beta,
         "is_lora": module.policy.is_lora,
-        "old_logprobs": module.old_logprobs,
+        "choices": asdict(module.choices),
         "is_cold_started": module.is_cold_started,
         "reference": dict(module.reference_record),
         "stage": module.stage,
@@ -33,11 +33,9 @@ def record_of(module: GRPOModule) -> dict[str, Any]:
 
 
 def restore_record(module: GRPOModule, saved: dict[str, Any]) -> None:
-    """Take back what `record_of` gave; the stage comes earlier, see `check_record`."""
+    """Take back what `record_of` gave; stage and choices come earlier, before the weights."""
     module.counters = Counters(**saved["counters"])
     module.beta = saved["beta"]
-    if module.old_logprobs == "auto":  # what is set explicitly counts more than what was found
-        module.old_logprobs = saved["old_logprobs"]
     module.is_cold_started = saved["is_cold_started"]
     module.reference_record = saved["reference"]
     module.critic_failure = saved["critic_failure"]

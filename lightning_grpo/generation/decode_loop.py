@@ -135,6 +135,7 @@ class DecodeLoop:
             if has_room and self.num_started < self.num_rows:
                 started = self._start()
                 logits = started if logits is None else torch.cat([logits, started])
+                del started  # as large as the logits of a step
                 num_running = len(self.running)
             if logits is None:
                 return self._completions()

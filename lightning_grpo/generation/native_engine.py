@@ -45,6 +45,8 @@ class NativeEngine:
         eos_token_ids: every id that ends a completion.
         max_rows: rows decoded at a time; 0 decodes all at once.
         decoders: by name, in the order in which they are tried.
+        first_decoder: the one that is tried before these, since a run began with it; transformers
+            tries none.
     """
 
     def __init__(
@@ -55,12 +57,14 @@ class NativeEngine:
         *,
         max_rows: int = 0,
         decoders: dict[str, MakeDecoder] | None = None,
+        first_decoder: str | None = None,
     ) -> None:
         self.policy = policy
         self.eos_token_ids = list(eos_token_ids)
         self.max_rows = max_rows
         self.fallback = TransformersEngine(policy, tokenizer, eos_token_ids, max_rows=max_rows)
         self.decoders = decoders or {"fused": FusedDecoder, "cached": CachedDecoder}
+        self.first_decoder = first_decoder
         self.decoder_name: str | None = None
         """The decoder that passed the check, "transformers" when none did, None before it."""
         self.counts = RolloutCounts()
@@ -134,8 +138,14 @@ class NativeEngine:
 
     def _choose(self, model: PreTrainedModel, prompts: PromptBatch, sampling: Sampling) -> str:
         """The first decoder whose log-probs are those of the model."""
-        reasons = []
-        for name, make_decoder in self.decoders.items():
+        reasons: list[str] = []
+        first = self.first_decoder
+        if first == "transformers":
+            return first
+        if first is not None and first not in self.decoders:
+            reasons.append(f"{first}: there is no such decoder here")
+        for name in sorted(self.decoders, key=lambda name: name != first):
+            make_decoder = self.decoders[name]
             try:
                 difference = self._difference(make_decoder, model, prompts, sampling)
             except NotImplementedError as error:
@@ -145,6 +155,12 @@ class NativeEngine:
                 reasons.append(f"{name}: {type(error).__name__}: {error}")
                 continue
             if difference <= self._tolerance():
+                if first not in (None, name):
+                    warnings.warn(
+                        f"the decoder of the run that is resumed does not work here, {name} takes "
+                        f"its place, and not to the same bits ({'; '.join(reasons)})",
+                        stacklevel=2,
+                    )
                 return name
             reasons.append(f"{name}: its log-probs are off by {difference:.2g}")
         warnings.warn(
