@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from lightning_grpo.checkpoints.manifest import MANIFEST
+from lightning_grpo.checkpoints.store import open_checkpoint
 from lightning_grpo.run_state import Counters
 
 if TYPE_CHECKING:
@@ -71,11 +73,13 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     """All of a checkpoint but its weights, which are not read.
 
     Args:
-        path: a file, or the folder of a sharded checkpoint.
+        path: a checkpoint folder of ours, a file, or a folder that Lightning has sharded.
 
     Returns:
         Its content; tensors of a file are on the meta device.
     """
+    if (path / MANIFEST).exists():
+        return open_checkpoint(path).read_state()
     file = path / "meta.pt" if path.is_dir() else path
     content: dict[str, Any] = torch.load(file, map_location="meta", weights_only=True, mmap=True)
     return content

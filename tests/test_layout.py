@@ -38,7 +38,7 @@ LAYERS = [
         *("run_state", "evaluation", "metrics", "module", "distributed", "hooks"),
         *("memory", "critic_export", "choices", "building"),
         *("optimization", "sharding", "startup", "adapters", "critic", "forward", "lifecycle"),
-        *("saved_run", "stages", "evidence", "switching"),
+        *("checkpoints", "saved_run", "stages", "evidence", "switching"),
     },
     {"callbacks"},
     {"cli", "console", "run_files", "tool_commands", "tools", "conf", "__main__", "benchmark"},
