@@ -8,6 +8,7 @@ import os
 import pickle
 import shutil
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,19 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from runs import make_data, make_module, make_trainer
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 from lightning_grpo.checkpoints import Manifest, Sections, open_checkpoint, verify, write_checkpoint
 from lightning_grpo.checkpoints.draft import drafting
 from lightning_grpo.checkpoints.tensor_file import Shard
+from lightning_grpo.importing import LazyTensor, ModelFiles, write_model_folder
 from lightning_grpo.policy import load_policy
 from lightning_grpo.tools.convert import convert
 
@@ -240,6 +249,16 @@ def test_what_two_ranks_have_written_is_whole_again(char_model, of_two_ranks, ki
     assert float((weights[HALF] - state_of(char_model)[HALF]).abs().max()) > 0
 
 
+def test_what_ranks_have_saved_from_gpus_is_read_without_one(of_two_ranks):
+    folder, weights = of_two_ranks
+    shutil.copytree(folder / "verl_fsdp2", "gpu")
+    for path in Path("gpu").glob("*.pt"):
+        on_cpu, on_gpu = (b"X" + len(d).to_bytes(4, "little") + d for d in (b"cpu", b"cuda:0"))
+        path.write_bytes(replace_in_zip(path, lambda p, a=on_cpu, b=on_gpu: p.replace(a, b)))
+    convert("gpu", "out")
+    assert_same(state_of("out"), weights)
+
+
 def test_a_rank_that_is_missing_is_named(of_two_ranks, char_model):
     shutil.copytree(of_two_ranks[0], "copy")
     Path("copy/verl_fsdp2/model_world_size_2_rank_1.pt").unlink()
@@ -293,6 +312,40 @@ def test_a_file_of_lightning_is_read_under_any_prefix(char_model, drawn):
     assert_same(state_of("ref"), other)
 
 
+def test_a_whole_model_with_adapters_inside_is_merged(char_model):
+    model = lora_model(char_model, target_modules=["q_proj", "o_proj"])
+    state = dict(model.state_dict())
+    assert "base_model.model.model.layers.0.self_attn.q_proj.base_layer.weight" in state
+    torch.save(state, "a.pt")
+    convert("a.pt", "out", like=char_model, lora_alpha=6)
+    assert_same(state_of("out"), dict(model.merge_and_unload().state_dict()))
+
+
+def test_experts_are_written_one_by_one_as_transformers_writes_them():
+    sizes = {"hidden_size": 8, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 4}
+    experts = {"num_experts": 3, "num_experts_per_tok": 1, "moe_intermediate_size": 4}
+    config = Qwen3MoeConfig(**sizes, **experts, num_hidden_layers=2, vocab_size=11)
+    model = Qwen3MoeForCausalLM(config)
+    model.save_pretrained("saved")
+    torch.save(prefixed(dict(model.state_dict())), "a.pt")
+    convert("a.pt", "out", like="saved")
+    assert_same(load_file("out/model.safetensors"), load_file("saved/model.safetensors"))
+    convert("saved", "again")
+    assert_same(state_of("again"), dict(model.state_dict()))
+
+
+def test_nothing_is_left_of_a_folder_that_could_not_be_written(char_model, drawn):
+    def fail() -> Tensor:
+        raise OSError(28, "No space left on device")
+
+    weights = {n: LazyTensor(t.dtype, tuple(t.shape), t.clone) for n, t in drawn.items()}
+    weights[HALF] = LazyTensor(torch.float32, tuple(drawn[HALF].shape), fail)
+    files = ModelFiles(Path(char_model), Path(char_model))
+    with pytest.raises(OSError, match="No space left"):
+        write_model_folder(weights, files, Path("out"), class_name="Qwen2ForCausalLM")
+    assert not os.listdir()
+
+
 def test_wrong_tensors_are_named(char_model, drawn):
     def refused(weights: dict[str, Tensor], match: str) -> None:
         torch.save(prefixed(weights, "m."), "a.ckpt")
@@ -334,12 +387,13 @@ class Payload:
         return eval, ("open('sentinel', 'w')",)
 
 
-def replace_in_zip(path: Path, content: bytes) -> bytes:
-    """A file of torch.save with another pickle in it."""
+def replace_in_zip(path: Path, change: Callable[[bytes], bytes]) -> bytes:
+    """A file of torch.save with its pickle changed."""
     out = io.BytesIO()
     with zipfile.ZipFile(path) as old, zipfile.ZipFile(out, "w") as new:
         for name in old.namelist():
-            new.writestr(name, content if name.endswith("data.pkl") else old.read(name))
+            content = old.read(name)
+            new.writestr(name, change(content) if name.endswith("data.pkl") else content)
     return out.getvalue()
 
 

@@ -14,6 +14,7 @@ import yaml  # type: ignore[import-untyped]
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
+from lightning_grpo.adapters import Lora
 from lightning_grpo.checkpoints import write_checkpoint
 from lightning_grpo.checkpoints.files import locate, names_in
 from lightning_grpo.checkpoints.folder import kind_of, next_serial
@@ -35,7 +36,7 @@ from lightning_grpo.importing import (
     write_adapter_folder,
     write_model_folder,
 )
-from lightning_grpo.importing.plain import loads_as_it_is
+from lightning_grpo.importing.disk_names import as_on_disk, loads_as_it_is
 from lightning_grpo.run_files import newest_config, run_dir_of
 
 Target = Literal["transformers", "peft", "checkpoint"]
@@ -167,7 +168,7 @@ def find_origin(
         tokenizer = beside.parent
     lora = lora_of_config(adapter) if adapter else None
     if lora is None and section.get("lora"):
-        lora = LoraSettings(float(section["lora"]["alpha"]))
+        lora = LoraSettings(float(section["lora"].get("alpha", Lora().alpha)))
     if lora_alpha is not None:
         lora = replace(lora or LoraSettings(lora_alpha), alpha=lora_alpha)
     return Origin(ModelFiles(config, tokenizer), base, revision, lora)
@@ -207,7 +208,7 @@ def _weights(
     else:
         own = match_names(source.tensors, wanted, prefix, is_partial=True)
     if not own.pairs:
-        return own, own.weights
+        return own, as_on_disk(own.weights, wanted.model)
     if origin.lora is None:
         raise ValueError(f"{source.place} does not say how strong its adapters are: --lora_alpha")
     under = own.weights
@@ -217,7 +218,8 @@ def _weights(
         folder = local_folder(origin.base, origin.revision, has_weights=True)
         under = match_names(read_model_folder(folder), wanted, "").weights
     merged_dtype = None if dtype is None else getattr(torch, dtype)
-    return own, merge_lora(under, own.pairs, origin.lora, wanted, merged_dtype)
+    merged = merge_lora(under, own.pairs, origin.lora, wanted, merged_dtype)
+    return own, as_on_disk(merged, wanted.model)
 
 
 def _to_checkpoint(source: Source, out: str, *, dry_run: bool) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -86,7 +87,6 @@ def write_model_folder(
     Returns:
         Names of the files of weights.
     """
-    stage = _stage(out)
     types = {
         name: dtype if dtype is not None and tensor.dtype.is_floating_point else tensor.dtype
         for name, tensor in weights.items()
@@ -95,17 +95,17 @@ def write_model_folder(
         {n: torch.empty(t.shape, dtype=types[n], device="meta") for n, t in weights.items()},
         max_shard_size=max_shard_bytes,
     )
-    for file, names in plan.filename_to_tensors.items():
-        shard = {}
-        for name in names:
-            shard[name] = weights[name].read().to(types[name]).contiguous()
-            on_bytes(weights[name].num_bytes)
-        save_file(shard, stage / file, metadata={"format": "pt"})
-    if plan.is_sharded:
-        index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
-        _write_json(stage / "model.safetensors.index.json", index)
-    _write_descriptions(files, stage, class_name, set(types.values()))
-    _publish(stage, out)
+    with _staged(out) as stage:
+        for file, names in plan.filename_to_tensors.items():
+            shard = {}
+            for name in names:
+                shard[name] = weights[name].read().to(types[name]).contiguous()
+                on_bytes(weights[name].num_bytes)
+            save_file(shard, stage / file, metadata={"format": "pt"})
+        if plan.is_sharded:
+            index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
+            _write_json(stage / "model.safetensors.index.json", index)
+        _write_descriptions(files, stage, class_name, set(types.values()))
     return list(plan.filename_to_tensors)
 
 
@@ -123,7 +123,6 @@ def write_adapter_folder(
     """
     from peft import LoraConfig
 
-    stage = _stage(out)
     tensors = {}
     ranks = {}
     for name, pair in pairs.items():
@@ -144,11 +143,11 @@ def write_adapter_folder(
         base_model_name_or_path=base,
         inference_mode=True,
     )
-    config.save_pretrained(str(stage))
-    save_file(tensors, stage / "adapter_model.safetensors", metadata={"format": "pt"})
-    if files is not None:
-        _copy_tokenizer(files.tokenizer, stage)
-    _publish(stage, out)
+    with _staged(out) as stage:
+        config.save_pretrained(str(stage))
+        save_file(tensors, stage / "adapter_model.safetensors", metadata={"format": "pt"})
+        if files is not None:
+            _copy_tokenizer(files.tokenizer, stage)
 
 
 def check_free(out: str | Path) -> None:
@@ -160,18 +159,20 @@ def check_free(out: str | Path) -> None:
         raise ValueError(f"--out {out} is there already, and is not overwritten")
 
 
-def _stage(out: Path) -> Path:
+@contextmanager
+def _staged(out: Path) -> Iterator[Path]:
+    """A folder beside `out` that takes its name at the end of the block, or goes with an error."""
     check_free(out)
-    stage = out.parent / f".tmp-{out.name}-{os.getpid()}"
-    shutil.rmtree(stage, ignore_errors=True)
+    stage = out.absolute().parent / f".tmp-{out.name}-{os.getpid()}"
     stage.mkdir(parents=True)
-    return stage
-
-
-def _publish(stage: Path, out: Path) -> None:
-    if out.is_dir():
-        out.rmdir()
-    stage.rename(out)
+    try:
+        yield stage
+        if out.is_dir():
+            out.rmdir()
+        stage.rename(out)
+    except BaseException:
+        shutil.rmtree(stage, ignore_errors=True)
+        raise
 
 
 def _write_descriptions(

@@ -31,7 +31,13 @@ class WantedModel:
     """Patterns of names that old checkpoints of this model have besides."""
     transposed: frozenset[str]
     """Weights that are stored as (inputs, outputs), such as those of GPT-2."""
-    class_name: str
+    model: Any
+    """On the meta device."""
+
+    @property
+    def class_name(self) -> str:
+        """Of transformers."""
+        return type(self.model).__name__
 
 
 @dataclass(frozen=True)
@@ -107,7 +113,7 @@ def _describe(model: Any) -> WantedModel:
         if type(module).__name__ == "Conv1D" and isinstance(module, nn.Module)
     }
     ignored = tuple(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())
-    return WantedModel(names, tied, ignored, frozenset(transposed), type(model).__name__)
+    return WantedModel(names, tied, ignored, frozenset(transposed), model)
 
 
 def match_names(

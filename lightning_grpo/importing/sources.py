@@ -82,8 +82,8 @@ def open_source(path: str) -> Source:
 def _hint(folder: Path) -> str:
     if any(folder.glob("*_model_states.pt")) or (folder / "latest").is_file():
         return (
-            ": it is DeepSpeed's own format, which is a pickle of code; run the zero_to_fp32.py "
-            "beside it, or convert the folder that the trainer saved at its end"
+            ": it is DeepSpeed's own format, whose files name code; run the zero_to_fp32.py beside "
+            "it, or convert the folder that the trainer saved at its end"
         )
     inner = sorted(path.name for path in folder.iterdir() if path.is_dir())
     return f"; it holds the folders {inner[:5]}" if inner else ""
@@ -108,6 +108,8 @@ def _reader(read: Callable[[str], Tensor], name: str) -> Callable[[], Tensor]:
 
 
 def _open_file(path: Path) -> Source:
+    if path.suffix == ".safetensors":
+        return Source("file of safetensors", _read_safetensors(path), str(path))
     content = load_torch_file(path)
     weights = content.get("state_dict", content) if isinstance(content, dict) else None
     if not isinstance(weights, dict) or not any(isinstance(v, Tensor) for v in weights.values()):
