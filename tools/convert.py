@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import yaml  # type: ignore[import-untyped]
+import yaml
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -78,10 +78,38 @@ def convert(
         max_shard_gb: largest file of a transformers folder, in units of 1e9 bytes.
         dry_run: read names and shapes, say what would be written, and write nothing.
     """
+    lines = convert_quietly(
+        source,
+        out,
+        to,
+        like=like,
+        base=base,
+        prefix=prefix,
+        lora_alpha=lora_alpha,
+        dtype=dtype,
+        max_shard_gb=max_shard_gb,
+        dry_run=dry_run,
+    )
+    print("\n".join(lines))
+
+
+def convert_quietly(
+    source: str,
+    out: str,
+    to: Target = "transformers",
+    *,
+    like: str | None = None,
+    base: str | None = None,
+    prefix: str | None = None,
+    lora_alpha: float | None = None,
+    dtype: Dtype = "keep",
+    max_shard_gb: float = 5.0,
+    dry_run: bool = False,
+) -> list[str]:
+    """Do what `convert` does, with the same arguments, and return what there is to say of it."""
     found = open_source(source)
     if to == "checkpoint":
-        _to_checkpoint(found, out, dry_run=dry_run)
-        return
+        return [_to_checkpoint(found, out, dry_run=dry_run)]
     target = Path(out)
     check_free(out)
     origin = find_origin(found, like, base, lora_alpha)
@@ -93,14 +121,13 @@ def convert(
             raise ValueError(f"{source} holds no adapters: --to peft has nothing to write")
     tensors = [t for p in own.pairs.values() for t in (p.a, p.b)] if to == "peft" else []
     num_bytes = sum(tensor.num_bytes for tensor in [*weights.values(), *tensors])
-    print(
+    about = (
         f"{found.place}: {found.kind}; {wanted.class_name} under {own.prefix!r}, "
         f"{len(own.pairs)} adapters, {own.num_others} other tensors left out"
     )
     summary = f"{out}: {len(weights) or len(tensors)} tensors, {num_bytes / 1e9:.3f} GB"
     if dry_run:
-        print(f"would write {summary}")
-        return
+        return [about, f"would write {summary}"]
     if to == "peft":
         assert origin.lora is not None
         write_adapter_folder(own.pairs, origin.lora, origin.base or "", origin.files, target)
@@ -115,7 +142,7 @@ def convert(
                 max_shard_bytes=int(max_shard_gb * 1e9),
                 on_bytes=advance,
             )
-    print(f"wrote {summary}")
+    return [about, f"wrote {summary}"]
 
 
 @dataclass(frozen=True)
@@ -222,7 +249,7 @@ def _weights(
     return own, as_on_disk(merged, wanted.model)
 
 
-def _to_checkpoint(source: Source, out: str, *, dry_run: bool) -> None:
+def _to_checkpoint(source: Source, out: str, *, dry_run: bool) -> str:
     if source.checkpoint is None:
         raise ValueError(
             f"{source.place} is a {source.kind}, and a run goes on from its own checkpoints only: "
@@ -239,10 +266,9 @@ def _to_checkpoint(source: Source, out: str, *, dry_run: bool) -> None:
     )
     summary = f"{out}: {len(source.tensors)} tensors of step {manifest.step}"
     if dry_run:
-        print(f"would write {summary}")
-        return
+        return f"would write {summary}"
     write_checkpoint(out, source.checkpoint.read_all(), manifest)
-    print(f"wrote {summary}")
+    return f"wrote {summary}"
 
 
 @contextmanager
