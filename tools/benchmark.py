@@ -11,13 +11,6 @@ from pathlib import Path
 
 from rich.console import Console
 
-from lightning_grpo.benchmark.contest import (
-    CONTESTANTS,
-    Contestant,
-    ContestantName,
-    run_contest,
-    run_job,
-)
 from lightning_grpo.benchmark.parity import problems_of
 from lightning_grpo.benchmark.regimes import (
     AXES,
@@ -31,6 +24,13 @@ from lightning_grpo.benchmark.regimes import (
 from lightning_grpo.benchmark.report import Report, console_table
 from lightning_grpo.benchmark.results import rows_of
 from lightning_grpo.benchmark.rooflines import Machine
+from lightning_grpo.benchmark.turns import (
+    CONTESTANTS,
+    Contestant,
+    ContestantName,
+    run_by_turns,
+    run_job,
+)
 from lightning_grpo.benchmark.workload import write_model
 
 # The gate and the gap need a model and a length, not a large batch.
@@ -99,12 +99,14 @@ def benchmark(
         if rate is not None and not rate > 0:
             raise ValueError(f"{name} must be above 0, got {rate}")
     axes = (shape, length, prompt_tokens, completion_tokens, group_size, num_completions)
-    if preset is not None and axes != _DEFAULT_AXES:
-        raise ValueError(f"preset {preset} has sizes of its own: leave out {', '.join(AXES)}")
-    regimes = preset_regimes(preset) if preset else regimes_of(axes, mean_tokens)
-    if rows_per_forward is not None:
-        for regime in regimes:
-            check_forward(rows_per_forward, regime)
+    if preset is None:
+        regimes = regimes_of(axes, mean_tokens=mean_tokens, rows_per_forward=rows_per_forward)
+    elif axes == _DEFAULT_AXES and rows_per_forward is None:
+        regimes = preset_regimes(preset)
+    else:
+        raise ValueError(
+            f"preset {preset} has sizes of its own: leave out {', '.join(AXES)}, rows_per_forward"
+        )
     chosen = choose_contestants(contestants)
     folder = Path(output)
     console = Console(highlight=False)
@@ -116,7 +118,7 @@ def benchmark(
         report = jobs.first_report(chosen, regimes[0], bandwidth_gb_per_s, compute_gflop_per_s)
         report.num_warmup = num_warmup
         for regime in regimes:
-            results = run_contest(
+            results = run_by_turns(
                 chosen,
                 regime,
                 jobs.model_of(regime),
@@ -124,7 +126,6 @@ def benchmark(
                 num_warmup=num_warmup,
                 num_steps=num_steps,
                 num_threads=num_threads,
-                rows_per_forward=rows_per_forward,
                 is_cuda=report.is_cuda,
                 progress=status.update,
             )
@@ -226,7 +227,7 @@ class Jobs:
 
     def _checking(self, regime: Regime) -> dict[str, object]:
         """A job on a short version of a regime, with a model whose completions do not end."""
-        sizes = regime.as_dict() | {"length": "fixed"}
+        sizes = regime.as_dict() | {"length": "fixed", "rows_per_forward": None}
         for name in ("prompt_tokens", "completion_tokens"):
             sizes[name] = min(sizes[name], _MOST_CHECKED_TOKENS)
         return {
@@ -248,16 +249,6 @@ def check_counts(num_steps: int, num_warmup: int, num_threads: int) -> None:
     cores = os.cpu_count() or 1
     if num_threads > cores:
         raise ValueError(f"num_threads is {num_threads}, but this machine has {cores} cores")
-
-
-def check_forward(rows_per_forward: int, regime: Regime) -> None:
-    """Refuse a size of a forward that does not cut the batch into whole groups."""
-    size, batch = regime.group_size, regime.num_completions
-    if rows_per_forward < size or rows_per_forward % size or batch % rows_per_forward:
-        raise ValueError(
-            f"rows_per_forward {rows_per_forward} must be a multiple of group_size {size} that "
-            f"divides num_completions {batch}"
-        )
 
 
 def choose_contestants(names: list[ContestantName] | None) -> list[Contestant]:

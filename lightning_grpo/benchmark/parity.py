@@ -7,6 +7,7 @@ divided by the std, to which TRL adds 1e-4 and we add 1e-8.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -214,7 +215,7 @@ def trl_step(
     trainer = make_trainer(
         folder,
         work,
-        Regime(**regime.as_dict() | {"num_completions": len(batch.completion_ids)}),
+        replace(regime, num_completions=len(batch.completion_ids), rows_per_forward=None),
         [{"prompt": text} for text in batch.prompts],
         rollout_func=lambda prompts, _: {
             "prompt_ids": [ids for ids in batch.prompt_ids for _ in range(regime.group_size)],

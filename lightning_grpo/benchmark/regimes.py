@@ -64,6 +64,8 @@ class Regime:
         group_size: G, completions per prompt.
         num_completions: B, completions per step, a multiple of G.
         mean_tokens: mean length at which completions of variable length end, were C unbounded.
+        rows_per_forward: completions of a forward with gradients, for all contestants; None leaves
+            this package its default and gives TRL all B at once.
     """
 
     shape: str = "tiny"
@@ -73,6 +75,7 @@ class Regime:
     group_size: int = 8
     num_completions: int = 64
     mean_tokens: int = 30
+    rows_per_forward: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("prompt_tokens", "completion_tokens", "num_completions"):
@@ -88,6 +91,12 @@ class Regime:
             raise ValueError(
                 f"num_completions {self.num_completions} must be a multiple of group_size "
                 f"{self.group_size}"
+            )
+        rows = self.rows_per_forward or self.num_completions
+        if rows < self.group_size or rows % self.group_size or self.num_completions % rows:
+            raise ValueError(
+                f"rows_per_forward {rows} must be a multiple of group_size {self.group_size} that "
+                f"divides num_completions {self.num_completions}"
             )
         if self.prompt_tokens + self.completion_tokens > _MAX_POSITIONS:
             raise ValueError(
@@ -107,20 +116,24 @@ class Regime:
         if self.length == "variable":
             length = f"C<={self.completion_tokens}, mean {self.mean_tokens}"
         sizes = f"P={self.prompt_tokens} {length} G={self.group_size} B={self.num_completions}"
-        return f"{self.shape} {sizes}"
+        forward = f", {self.rows_per_forward} a forward" if self.rows_per_forward else ""
+        return f"{self.shape} {sizes}{forward}"
 
     def as_dict(self) -> dict[str, Any]:
         """For a file."""
         return asdict(self)
 
 
-def regimes_of(axes: Sequence[Any], mean_tokens: int) -> list[Regime]:
+def regimes_of(
+    axes: Sequence[Any], *, mean_tokens: int, rows_per_forward: int | None
+) -> list[Regime]:
     """Every combination of the values of the axes, the last axis running fastest.
 
     Args:
         axes: a value or a list of values for each of shape, length, prompt_tokens,
             completion_tokens, group_size and num_completions.
         mean_tokens: of variable lengths.
+        rows_per_forward: of all regimes.
 
     Returns:
         At least one regime.
@@ -132,7 +145,8 @@ def regimes_of(axes: Sequence[Any], mean_tokens: int) -> list[Regime]:
     for name, values in zip(AXES, lists, strict=True):
         if not values:
             raise ValueError(f"{name} must have at least one value")
-    return [Regime(*values, mean_tokens=mean_tokens) for values in product(*lists)]
+    others = (mean_tokens, rows_per_forward)
+    return [Regime(*(values + others)) for values in product(*lists)]
 
 
 def preset_regimes(preset: Preset) -> list[Regime]:
@@ -150,11 +164,16 @@ def preset_regimes(preset: Preset) -> list[Regime]:
             *(Regime("tiny", "fixed", p) for p in (32, 128, 256, 1024)),
             Regime("tiny", "fixed", 256, group_size=16),
             *(Regime("tiny", "variable", p, 128) for p in (64, 256)),
-            *(Regime("30m", length, p) for length in ("fixed", "variable") for p in (128, 256)),
+            *(Regime("tiny", "fixed", p, rows_per_forward=8) for p in (32, 256)),
+            *(
+                Regime("30m", length, p, num_completions=32)
+                for length in ("fixed", "variable")
+                for p in (128, 256)
+            ),
         ]
     if preset == "cuda":
         return [
-            Regime("0.5b", length, 256, 512, 16, 256, mean_tokens=200)
+            Regime("0.5b", length, 256, 512, 16, 256, mean_tokens=200, rows_per_forward=32)
             for length in ("fixed", "variable")
         ]
     return [
@@ -162,5 +181,5 @@ def preset_regimes(preset: Preset) -> list[Regime]:
         *(Regime(completion_tokens=c) for c in (16, 32, 128, 256)),
         *(Regime(group_size=g) for g in (2, 4, 16)),
         *(Regime(num_completions=b) for b in (16, 32, 128)),
-        Regime("30m"),
+        Regime("30m", num_completions=16),
     ]

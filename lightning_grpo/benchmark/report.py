@@ -12,10 +12,10 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from lightning_grpo.benchmark.contest import Contestant, names_of
 from lightning_grpo.benchmark.parity import LOGPROB_TOLERANCE, NORM_TOLERANCE, Dtype
 from lightning_grpo.benchmark.results import PHASES, Row, Spread, columns_of
 from lightning_grpo.benchmark.rooflines import Machine
+from lightning_grpo.benchmark.turns import Contestant, names_of
 
 MB = 1e6
 

@@ -6,7 +6,6 @@ import statistics
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from lightning_grpo.benchmark.contest import Result
 from lightning_grpo.benchmark.regimes import SHAPES, Regime
 from lightning_grpo.benchmark.rooflines import (
     Machine,
@@ -19,6 +18,7 @@ from lightning_grpo.benchmark.rooflines import (
     shared_update,
     update_flops,
 )
+from lightning_grpo.benchmark.turns import Result
 
 PHASES = ("rollout", "reward", "scoring", "forward", "backward", "optimizer", "other")
 

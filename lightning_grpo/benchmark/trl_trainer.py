@@ -49,7 +49,7 @@ def make_trainer(
         regime: sizes.
         rows: with a column `prompt`.
         rollout_func: makes the completions in TRL's place.
-        **options: of GRPOConfig, and rows_per_forward; the others are those of the benchmark.
+        **options: of GRPOConfig; the others are those of the benchmark.
 
     Returns:
         The trainer.
@@ -59,7 +59,7 @@ def make_trainer(
 
     make: Any = GRPOTrainer
     is_cuda = torch.cuda.is_available()
-    rows_per_forward = options.pop("rows_per_forward", None) or regime.num_completions
+    rows_per_forward = regime.rows_per_forward or regime.num_completions
     settings: dict[str, Any] = {
         "per_device_train_batch_size": rows_per_forward,
         "gradient_accumulation_steps": regime.num_completions // rows_per_forward,

@@ -35,24 +35,21 @@ class Contestant:
     meaning: str
     options: dict[str, Any] = field(default_factory=dict)
 
-    def options_for(self, regime: Regime, rows_per_forward: int | None) -> dict[str, Any]:
-        """Its options, with the size of a training forward where one is asked for.
+    def options_for(self, regime: Regime) -> dict[str, Any]:
+        """Its options, with the size of a training forward where the regime has one.
 
         Args:
             regime: sizes.
-            rows_per_forward: completions of a forward with gradients, as a multiple of G.
 
         Returns:
             Options of `train_ours` or `train_trl`.
         """
-        if rows_per_forward is None:
+        rows = regime.rows_per_forward
+        if rows is None or self.kind == "trl":
             return self.options
-        if self.kind == "trl":
-            return self.options | {"rows_per_forward": rows_per_forward}
-        tokens = rows_per_forward * (regime.prompt_tokens + regime.completion_tokens)
+        tokens = rows * (regime.prompt_tokens + regime.completion_tokens)
         if self.options["module"].get("packing") != "off":
-            prompts = rows_per_forward // regime.group_size
-            tokens -= (rows_per_forward - prompts) * regime.prompt_tokens
+            tokens -= (rows - rows // regime.group_size) * regime.prompt_tokens
         return self.options | {"module": self.options["module"] | {"microbatch_tokens": tokens}}
 
 
@@ -190,7 +187,7 @@ def run_job(job: dict[str, Any], folder: Path) -> Any:
         return worker.report()
 
 
-def run_contest(
+def run_by_turns(
     contestants: Sequence[Contestant],
     regime: Regime,
     model: Path,
@@ -199,7 +196,6 @@ def run_contest(
     num_warmup: int,
     num_steps: int,
     num_threads: int,
-    rows_per_forward: int | None = None,
     is_cuda: bool = False,
     progress: Callable[[str], None] = lambda text: None,
 ) -> list[Result]:
@@ -213,7 +209,6 @@ def run_contest(
         num_warmup: steps of each that are not counted.
         num_steps: steps of each that are.
         num_threads: of each.
-        rows_per_forward: completions of a training forward; None for the contestants' own.
         is_cuda: whether steps of their own are made for the profile, because the phases have to
             be synchronised.
         progress: told what is going on.
@@ -233,7 +228,7 @@ def run_contest(
                 "folder": str(model),
                 "num_steps": total + 1,  # the last one is asked for and never made
                 "num_threads": num_threads,
-                "options": contestant.options_for(regime, rows_per_forward),
+                "options": contestant.options_for(regime),
             }
             workers.append(stack.enter_context(Worker(job, work / contestant.name)))
         progress(f"{regime.label}: loading")
