@@ -36,7 +36,7 @@ LAYERS = [
         ),
         *("data", "replay", "scoring", "rollout", "snapshot", "reference", "nonfinite", "update"),
         *("run_state", "evaluation", "metrics", "module", "distributed", "hooks"),
-        *("memory", "critic_export", "choices", "building"),
+        *("memory", "critic_export", "choices", "building", "levelling"),
         *("optimization", "sharding", "startup", "adapters", "critic", "forward", "lifecycle"),
         *("saved_run", "stages", "evidence", "switching"),
     },
