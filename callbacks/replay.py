@@ -11,6 +11,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from lightning_grpo.choices import settle_decoder, settle_old_logprobs, text_of
 from lightning_grpo.distributed import failing_together
 from lightning_grpo.hooks import call_hook
+from lightning_grpo.levelling import level_over_ranks
 from lightning_grpo.lifecycle import give_up_critic
 from lightning_grpo.loaders import Slot
 from lightning_grpo.masking import reduction_count
@@ -128,7 +129,7 @@ class InnerEpochReplay(L.Callback):
             module: whose rollout is cut and whose queue is filled.
         """
         assert module.rollout is not None
-        rollout = to_device(module.rollout, module.device)
+        rollout = level_over_ranks(module, to_device(module.rollout, module.device))
         iteration = module.counters.iterations
         key = f"{module.settings.seed}/{iteration}"
         with failing_together(module, "cutting the rollout into minibatches"):
@@ -139,15 +140,7 @@ class InnerEpochReplay(L.Callback):
                     rollout, self.num_minibatches, shuffle_key=f"{key}/{epoch}"
                 )
             ]
-        microbatches = [
-            split_microbatches(
-                select_rows(rollout, part),
-                module.microbatch_tokens,
-                is_packed=module.policy.is_packing,
-            )
-            for part in rows
-        ]
-        equalize_over_ranks(module, microbatches)
+        microbatches = cut_over_ranks(module, [select_rows(rollout, part) for part in rows])
         first_epoch = [
             part[micro]
             for part, micros in zip(rows[: self.num_minibatches], microbatches, strict=False)
@@ -269,17 +262,38 @@ def value_problem(module: GRPOModule, rollout: Rollout) -> str:
     return f"{num_bad} of its values are not finite" if num_bad else ""
 
 
-def equalize_over_ranks(module: GRPOModule, microbatches: list[list[torch.Tensor]]) -> None:
-    """Append empty micro-batches until every rank makes the same number of forwards.
+def cut_over_ranks(module: GRPOModule, parts: list[Rollout]) -> list[list[torch.Tensor]]:
+    """Cut minibatches into micro-batches, of which every rank makes the same number. Collective.
 
     Args:
-        module: adds over the ranks.
-        microbatches: of each minibatch, changed in place.
+        module: with its token budget and its ranks.
+        parts: the minibatches.
+
+    Returns:
+        Of each minibatch the rows of each forward; the last may be none, where a rank has fewer
+        groups than another has forwards.
     """
-    counts = torch.tensor([float(len(parts)) for parts in microbatches])
-    most = module.max_over_ranks(counts).tolist()
-    for parts, count in zip(microbatches, most, strict=True):
-        parts += [torch.zeros(0, dtype=torch.int64)] * (int(count) - len(parts))
+
+    def cut(num_parts: list[int]) -> list[list[torch.Tensor]]:
+        return [
+            split_microbatches(
+                part,
+                module.microbatch_tokens,
+                is_packed=module.policy.is_packing,
+                num_parts=number,
+            )
+            for part, number in zip(parts, num_parts, strict=True)
+        ]
+
+    microbatches = cut([1] * len(parts))
+    counts = [len(rows) for rows in microbatches]
+    found = module.max_over_ranks(torch.tensor(counts, dtype=torch.float64))
+    most = [int(count) for count in found.tolist()]
+    if most != counts:
+        microbatches = cut(most)
+    for rows, count in zip(microbatches, most, strict=True):
+        rows += [torch.zeros(0, dtype=torch.int64)] * (count - len(rows))
+    return microbatches
 
 
 def window_denominators(module: GRPOModule, parts: list[Rollout], window: int) -> list[float]:
