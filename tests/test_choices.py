@@ -77,9 +77,7 @@ def test_options_count_more_than_a_checkpoint_and_that_more_than_what_is_found()
     assert options == Choices(is_checkpointing=True, old_logprobs="recompute")
     checkpoint = Choices("cached", False, 4096, False, "sampler")
     found = Choices("fused", True, 16384, False, None)
-    assert options.over(checkpoint.over(found)) == Choices(
-        "cached", False, 4096, True, "recompute"
-    )
+    assert options.over(checkpoint.over(found)) == Choices("cached", False, 4096, True, "recompute")
     assert Choices().over(found) == found
     off = chosen_by_options(512, False, "off", "auto")
     assert off.over(found) == Choices("fused", False, 512, False, None)

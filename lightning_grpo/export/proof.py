@@ -150,7 +150,10 @@ def _compare_tokenizers(folder: Path, tokenizer: PreTrainedTokenizerBase) -> str
     ids = list(range(0, len(tokenizer), max(len(tokenizer) // 64, 1)))
     text = tokenizer.decode(ids)
     # AutoTokenizer puts the pre-tokenizer of some model families in the place of a folder's own.
-    loaders = {"AutoTokenizer": AutoTokenizer, "PreTrainedTokenizerFast": PreTrainedTokenizerFast}
+    loaders: dict[str, Any] = {
+        "AutoTokenizer": AutoTokenizer,
+        "PreTrainedTokenizerFast": PreTrainedTokenizerFast,
+    }
     for name, loader in loaders.items():
         if loader.from_pretrained(folder).encode(text) == tokenizer.encode(text):
             return name
