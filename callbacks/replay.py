@@ -284,7 +284,7 @@ def resolve_old_logprobs(
     # A NaN compares as not close enough.
     is_far = not float(difference.max()) <= SAMPLER_TOLERANCE
     num_far = float(module.sum_over_ranks(torch.tensor(float(is_far))))
-    is_exact = trainer.precision == "32-true" and not module.settings.sampling.restricts_tokens
+    is_exact = trainer.precision == "32-true" and not module.settings.restricts_tokens
     choice: Literal["sampler", "recompute"]
     choice = "sampler" if is_exact and num_far == 0 else "recompute"
     rank_zero_info(
