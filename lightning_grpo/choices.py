@@ -198,7 +198,7 @@ def _on(is_on: bool | None) -> str:
 
 def _sampler_can_be_exact(module: GRPOModule) -> bool:
     """Whether the sampler draws from the very distribution that the loss differentiates."""
-    is_restricted = module.settings.sampling.restricts_tokens
+    is_restricted = module.settings.restricts_tokens
     return module.trainer.precision == "32-true" and not is_restricted
 
 

@@ -427,7 +427,7 @@ class GRPOModule(L.LightningModule):
                 self.engine,
                 self.tokenizer,
                 prompts,
-                settings.sampling if is_training else settings.val_sampling,
+                settings.sampling_of(prompts, is_training=is_training),
                 group_size,
                 key=key,
                 on_completed=on_completed,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from lightning_grpo.generation import EngineName
-from lightning_grpo.generation.protocol import Engine, Sampling, SamplingKey
+from lightning_grpo.generation.protocol import OWN_SETTINGS, Engine, Sampling, SamplingKey
 from lightning_grpo.generation.transformers_engine import left_pad
 from lightning_grpo.types import CompletionText, PromptBatch, Rollout
 
@@ -33,6 +34,7 @@ class RolloutSettings:
         num_val_samples: completions per prompt in validation, test and predict, >= 1.
         pass_k: the k of pass@k, 1 to `num_val_samples`.
         seed: part of the key of every draw.
+        sampling_column: data column with settings of a prompt's own, see `own_samplings`.
     """
 
     group_size: int = 8
@@ -43,6 +45,7 @@ class RolloutSettings:
     num_val_samples: int = 4
     pass_k: int = 4
     seed: int = 0
+    sampling_column: str | None = None
 
     def __post_init__(self) -> None:
         if self.group_size < 1:
@@ -62,16 +65,72 @@ class RolloutSettings:
                 "the same (rollout.val_temperature may be 0)"
             )
 
+    @property
+    def restricts_tokens(self) -> bool:
+        """Whether training may sample from another distribution than the model's."""
+        return self.sampling.restricts_tokens or self.sampling_column is not None
+
+    def sampling_of(self, prompts: PromptBatch, *, is_training: bool) -> Sampling | list[Sampling]:
+        """What to draw from for some prompts: the same for all, or one sampling for each."""
+        common = self.sampling if is_training else self.val_sampling
+        values = prompts.columns.get(self.sampling_column or "")
+        return common if values is None else own_samplings(common, values)
+
     def with_seed(self, seed: int) -> RolloutSettings:
         """The same settings with another seed."""
         return dataclasses.replace(self, seed=seed)
+
+
+def own_samplings(common: Sampling, values: Sequence[Any]) -> list[Sampling]:
+    """The sampling of each prompt: what its data says, and what is common for the rest.
+
+    Args:
+        common: of all prompts.
+        values: one per prompt: None, or a dict with some of temperature, top_k, top_p,
+            max_completion_tokens (at most the common one) and min_completion_tokens, of which None
+            says nothing.
+
+    Returns:
+        A sampling for each prompt.
+
+    Raises:
+        ValueError: a value is none of these; it names the prompt, from 1.
+    """
+    samplings = []
+    for number, value in enumerate(values, start=1):
+        try:
+            samplings.append(_own_sampling(common, value))
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"prompt {number} of {len(values)}: {error}") from error
+    return samplings
+
+
+def _own_sampling(common: Sampling, value: Any) -> Sampling:
+    if value is None:
+        return common
+    if not isinstance(value, dict):
+        raise ValueError(f"{value!r} is neither a dict of sampling settings nor null")
+    changes = {name: setting for name, setting in value.items() if setting is not None}
+    for name, setting in changes.items():
+        if name not in OWN_SETTINGS:
+            raise ValueError(f"{name!r} is none of {', '.join(OWN_SETTINGS)}")
+        kind = Real if name in ("temperature", "top_p") else int
+        if not isinstance(setting, kind) or isinstance(setting, bool):
+            raise ValueError(f"{name} is {setting!r}, not a number of its kind")
+    own = dataclasses.replace(common, **changes)
+    if own.max_completion_tokens > common.max_completion_tokens:
+        raise ValueError(
+            f"max_completion_tokens is {own.max_completion_tokens}, more than "
+            f"rollout.max_completion_tokens ({common.max_completion_tokens}), which bounds all"
+        )
+    return own
 
 
 def collect_rollout(
     engine: Engine,
     tokenizer: PreTrainedTokenizerBase,
     prompts: PromptBatch,
-    sampling: Sampling,
+    sampling: Sampling | Sequence[Sampling],
     group_size: int,
     *,
     key: SamplingKey,
@@ -83,7 +142,7 @@ def collect_rollout(
         engine: draws the completions.
         tokenizer: decodes them for rewards and for people.
         prompts: N prompts.
-        sampling: what to draw from.
+        sampling: what to draw from, for all prompts or one for each.
         group_size: G, completions per prompt.
         key: decides every draw.
         on_completed: gets every row once, as soon as the engine says that it has ended.

@@ -10,8 +10,9 @@ from torch import Tensor
 from transformers import StopStringCriteria
 
 from lightning_grpo.generation.decoder import Decoder, RolloutCounts
-from lightning_grpo.generation.protocol import OnFinished, Sampling, SamplingKey
-from lightning_grpo.generation.sampling import keyed_uniforms, refuse_nonfinite, sample_tokens
+from lightning_grpo.generation.protocol import OnFinished, SamplingKey
+from lightning_grpo.generation.sampling import keyed_uniforms, refuse_nonfinite
+from lightning_grpo.generation.token_sampler import NO_TOKEN, TokenSampler
 from lightning_grpo.types import Completions, PromptBatch
 
 # Finished rows are dropped when fewer than this share of the rows still run: to drop them copies
@@ -49,7 +50,7 @@ class DecodeLoop:
     Args:
         decoder: with nothing in it yet.
         prompts: N prompts.
-        sampling: temperature, truncation and limit.
+        sampler: draws for the N * G rows, and knows their limits.
         group_size: G.
         key: decides every draw.
         ending: what ends a completion.
@@ -64,7 +65,7 @@ class DecodeLoop:
         self,
         decoder: Decoder,
         prompts: PromptBatch,
-        sampling: Sampling,
+        sampler: TokenSampler,
         group_size: int,
         *,
         key: SamplingKey,
@@ -76,7 +77,7 @@ class DecodeLoop:
         on_finished: OnFinished | None = None,
     ) -> None:
         self.decoder = decoder
-        self.sampling = sampling
+        self.sampler = sampler
         self.key = key
         self.ending = ending
         self.num_tokens = num_tokens
@@ -100,7 +101,7 @@ class DecodeLoop:
         self.is_eos = torch.zeros(num_tokens, dtype=torch.bool, device=device)
         self.is_eos[of_rows([i for i in ending.eos_token_ids if i < num_tokens])] = True
         # The last column takes what rows draw after their end.
-        shape = (self.num_rows, sampling.max_completion_tokens + 1)
+        shape = (self.num_rows, sampler.max_completion_tokens + 1)
         self.ids = torch.full(shape, ending.pad_token_id, dtype=torch.int64, device=device)
         # Explicit: the default may be that of a half precision run.
         self.logprobs = torch.zeros(shape, dtype=torch.float32, device=device)
@@ -116,7 +117,8 @@ class DecodeLoop:
         self.is_running = self.truncated[:0]
         self.rows = self.drawn = self.lengths[:0]  # (R,) row, and tokens drawn of it
         stops = ending.stop_strings
-        shape = (0, stops.maximum_token_len if stops is not None else 0)
+        width = stops.maximum_token_len if stops is not None else 0
+        shape = (0, max(width, sampler.num_recent))
         self.recent = torch.zeros(shape, dtype=torch.int64, device=device)  # (R, W) last tokens
         self.draws_ahead = self.logprobs[:0, :0]  # (R, n) uniforms
         self.num_draws_used = 0
@@ -166,17 +168,23 @@ class DecodeLoop:
         uniforms = self.draws_ahead[:, self.num_draws_used]
         self.num_draws_used += 1
         self.num_draws += 1
-        tokens, logprobs = sample_tokens(logits, self.sampling, uniforms)
+        own = {name: values[self.rows] for name, values in self.sampler.own.items()}
+        tokens, logprobs = self.sampler.draw(
+            logits, uniforms, drawn=self.drawn, recent=self.recent, own=own
+        )
         limit = self.ids.shape[1] - 1
         column = self.drawn.clamp(max=limit)
         self.ids[self.rows, column] = tokens
         self.logprobs[self.rows, column] = logprobs
         self.drawn = self.drawn + 1
         ended = self.is_eos[tokens]
-        if self.ending.stop_strings is not None:
+        if self.recent.shape[1]:
             self.recent = torch.cat([self.recent[:, 1:], tokens.unsqueeze(1)], dim=1)
-            ended = ended | self.ending.stop_strings(self.recent, None)
-        stops = self.is_running & (ended | (self.drawn >= limit))
+        if self.ending.stop_strings is not None:
+            is_stop = self.ending.stop_strings(self.recent, None)
+            ended = ended | (is_stop & self.sampler.may_stop(self.drawn, own))
+        is_at_limit = self.drawn >= own.get("max_completion_tokens", limit)
+        stops = self.is_running & (ended | is_at_limit)
         self.lengths[self.rows] = torch.where(stops, self.drawn, self.lengths[self.rows])
         self.truncated[self.rows] |= stops & ~ended
         self.is_running = self.is_running & ~stops
@@ -233,9 +241,8 @@ class DecodeLoop:
         self.is_running = torch.cat([self.is_running, torch.ones_like(places, dtype=torch.bool)])
         self.draws_ahead = self.logprobs[: len(self.running), :0]
         self.num_draws_used = 0
-        # An id past the vocabulary is part of no stop string.
         shape = (len(added), self.recent.shape[1])
-        none_yet = torch.full(shape, torch.iinfo(torch.int64).max, device=self.device)
+        none_yet = torch.full(shape, NO_TOKEN, device=self.device)
         self.recent = torch.cat([self.recent, none_yet])
         return logits
 

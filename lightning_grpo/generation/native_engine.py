@@ -21,7 +21,7 @@ from lightning_grpo.generation.cached_decoder import CachedDecoder
 from lightning_grpo.generation.decode_loop import DecodeLoop, Ending
 from lightning_grpo.generation.decoder import Lengths, MakeDecoder, RolloutCounts
 from lightning_grpo.generation.fused_decoder import FusedDecoder
-from lightning_grpo.generation.protocol import OnFinished, Sampling, SamplingKey
+from lightning_grpo.generation.protocol import OnFinished, Sampling, SamplingKey, per_prompt
 from lightning_grpo.generation.transformers_engine import TransformersEngine, left_pad
 from lightning_grpo.logprobs import token_logprobs
 from lightning_grpo.masking import position_ids
@@ -74,27 +74,28 @@ class NativeEngine:
     def generate(
         self,
         prompts: PromptBatch,
-        sampling: Sampling,
+        sampling: Sampling | Sequence[Sampling],
         group_size: int,
         *,
         key: SamplingKey,
         on_finished: OnFinished | None = None,
     ) -> Completions:
         """Draw `group_size` completions of each prompt; see `Engine.generate`."""
+        samplings = per_prompt(sampling, len(prompts))
 
         def run(model: PreTrainedModel) -> Completions:
             self.counts = RolloutCounts()
             if self.decoder_name is None and len(prompts):
-                self.decoder_name = self._choose(model, prompts, sampling)
-            if self.decoder_name is None or self.decoder_name == "transformers":
+                self.decoder_name = self._choose(model, prompts, samplings)
+            if not len(prompts) or self.decoder_name in (None, "transformers"):
                 return self.fallback.complete(
-                    model, prompts, sampling, group_size, key=key, on_finished=on_finished
+                    model, prompts, samplings, group_size, key=key, on_finished=on_finished
                 )
             return self._complete(
-                self.decoders[self.decoder_name],
+                self.decoders[str(self.decoder_name)],
                 model,
                 prompts,
-                sampling,
+                samplings,
                 group_size,
                 key=key,
                 on_finished=on_finished,
@@ -108,7 +109,7 @@ class NativeEngine:
         make_decoder: MakeDecoder,
         model: PreTrainedModel,
         prompts: PromptBatch,
-        sampling: Sampling,
+        samplings: Sequence[Sampling],
         group_size: int,
         *,
         key: SamplingKey,
@@ -116,16 +117,19 @@ class NativeEngine:
         counts: RolloutCounts,
     ) -> Completions:
         num_tokens = self.policy.num_tokens
+        sampler = self.fallback.token_sampler([s for s in samplings for _ in range(group_size)])
         lengths = Lengths(
-            max(len(ids) for ids in prompts.prompt_ids), sampling.max_completion_tokens, num_tokens
+            max(len(ids) for ids in prompts.prompt_ids), sampler.max_completion_tokens, num_tokens
         )
         ending = Ending(
-            self.eos_token_ids, self.fallback.stop_criteria(sampling), self.fallback.pad_token_id
+            self.eos_token_ids,
+            self.fallback.stop_criteria(sampler.common),
+            self.fallback.pad_token_id,
         )
         return DecodeLoop(
             make_decoder(model, lengths),
             prompts,
-            sampling,
+            sampler,
             group_size,
             key=key,
             ending=ending,
@@ -136,7 +140,9 @@ class NativeEngine:
             on_finished=on_finished,
         ).run()
 
-    def _choose(self, model: PreTrainedModel, prompts: PromptBatch, sampling: Sampling) -> str:
+    def _choose(
+        self, model: PreTrainedModel, prompts: PromptBatch, samplings: Sequence[Sampling]
+    ) -> str:
         """The first decoder whose log-probs are those of the model."""
         reasons: list[str] = []
         first = self.first_decoder
@@ -147,7 +153,7 @@ class NativeEngine:
         for name in sorted(self.decoders, key=lambda name: name != first):
             make_decoder = self.decoders[name]
             try:
-                difference = self._difference(make_decoder, model, prompts, sampling)
+                difference = self._difference(make_decoder, model, prompts, samplings)
             except NotImplementedError as error:
                 reasons.append(f"{name}: {error}")
                 continue
@@ -175,7 +181,7 @@ class NativeEngine:
         make_decoder: MakeDecoder,
         model: PreTrainedModel,
         prompts: PromptBatch,
-        sampling: Sampling,
+        samplings: Sequence[Sampling],
     ) -> float:
         """Largest difference between a decoder's log-probs and those of a plain forward.
 
@@ -183,7 +189,7 @@ class NativeEngine:
             make_decoder: what to check.
             model: the policy's.
             prompts: from which the shortest, the longest and one more are taken.
-            sampling: for its limit and stop strings.
+            samplings: of the prompts, for their limits and stop strings.
 
         Returns:
             In nats, over a few short completions; infinite when one is not finite.
@@ -196,13 +202,13 @@ class NativeEngine:
             {},
             [prompts.group_ids[i] for i in chosen],
         )
-        limit = min(sampling.max_completion_tokens, _CHECKED_TOKENS)
-        plain = Sampling(max_completion_tokens=limit, stop_strings=sampling.stop_strings)
+        limit = min(max(s.max_completion_tokens for s in samplings), _CHECKED_TOKENS)
+        plain = Sampling(max_completion_tokens=limit, stop_strings=samplings[0].stop_strings)
         drawn = self._complete(
             make_decoder,
             model,
             few,
-            plain,
+            [plain] * len(few),
             2,
             key=SamplingKey(0, 0),
             on_finished=None,
