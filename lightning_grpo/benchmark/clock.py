@@ -48,7 +48,7 @@ class StepClock:
         self._sync()
         if self._start is not None:
             self.enter("other")
-            now = _times()
+            now = self._mark
             self._report(
                 cpu_s=now[0] - self._start[0],
                 wall_s=now[1] - self._start[1],

@@ -68,7 +68,8 @@ class Report:
             table_text(PROFILE_HEADS, [profile_cells(row) for row in self.rows]),
             "## How much of the machine is used\n\n"
             f"Against a copy at {self.machine.bytes_per_s / 1e9:,.1f} GB/s and a matrix product "
-            f"at {self.machine.flops_per_s / 1e9:,.0f} GFLOP/s in {self.dtype}. Useful "
+            f"at {self.machine.flops_per_s / 1e9:,.0f} GFLOP/s in {self.dtype}"
+            f"{'' if self.is_cuda else ', per second of process CPU time'}. Useful "
             "operations are those of the update without padding and without shared prompts, so "
             "that sharing can lift them above what the machine ran.",
             table_text(USE_HEADS, [use_cells(row) for row in self.rows]),
