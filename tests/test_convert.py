@@ -35,6 +35,7 @@ from lightning_grpo.checkpoints import Manifest, Sections, open_checkpoint, veri
 from lightning_grpo.checkpoints.draft import drafting
 from lightning_grpo.checkpoints.tensor_file import Shard
 from lightning_grpo.importing import LazyTensor, ModelFiles, write_model_folder
+from lightning_grpo.importing.lazy import assemble
 from lightning_grpo.policy import load_policy
 from lightning_grpo.tools.convert import convert
 
@@ -138,7 +139,10 @@ def test_a_trainers_folder_loses_its_pickles_and_keeps_its_weights(char_model, d
     convert("trl", "out", dtype="bfloat16")
     assert not {p.suffix for p in Path("out").iterdir()} & {".bin", ".pt"}
     assert json.loads(Path("out/config.json").read_text())["dtype"] == "bfloat16"
-    assert_same(state_of("out"), {n: t.bfloat16() for n, t in drawn.items()})
+    halves = {n: t.bfloat16() for n, t in drawn.items()}
+    assert_same(state_of("out"), halves)
+    halves.pop("lm_head.weight")
+    assert_same(load_file("out/model.safetensors"), halves)
     assert AutoTokenizer.from_pretrained("out")("12=")["input_ids"] == [4, 5, 13]
 
 
@@ -332,6 +336,17 @@ def test_experts_are_written_one_by_one_as_transformers_writes_them():
     assert_same(load_file("out/model.safetensors"), load_file("saved/model.safetensors"))
     convert("saved", "again")
     assert_same(state_of("again"), dict(model.state_dict()))
+
+
+def test_parts_that_leave_a_gap_or_do_not_fit_are_refused():
+    whole = torch.arange(12.0).reshape(4, 3)
+    boxes = [((0, 0), whole[:2]), ((2, 0), whole[2:, :1]), ((2, 1), whole[2:, 1:])]
+    assert torch.equal(assemble("w", torch.float32, (4, 3), [*boxes, boxes[0]]), whole)
+    with pytest.raises(ValueError, match="w: its parts hold 8 elements of 12"):
+        assemble("w", torch.float32, (4, 3), boxes[:2])
+    for offsets, part in [((3, 0), whole[:2]), ((0, 0), whole[:2].half()), ((0,), whole[0])]:
+        with pytest.raises(ValueError, match="does not fit"):
+            assemble("w", torch.float32, (4, 3), [*boxes[1:], (offsets, part)])
 
 
 def test_nothing_is_left_of_a_folder_that_could_not_be_written(char_model, drawn):
