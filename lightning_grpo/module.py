@@ -263,7 +263,7 @@ class GRPOModule(L.LightningModule):
         self.policy.train()
         self._is_ready_to_fit = True
 
-    def _make_room_for(self, path: Path) -> None:
+    def _make_room_for(self, path: str | Path) -> None:
         """Build or free the critic as a checkpoint needs it, whose weights are loaded next."""
         if self.trainer.state.fn != "fit":
             return

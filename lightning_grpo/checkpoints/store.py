@@ -35,6 +35,10 @@ STATE = "state.json"
 Section = Literal["weights", "optimizer", "state"]
 
 
+class TensorName(str):
+    """Name of a tensor that has not been read."""
+
+
 @dataclass(frozen=True)
 class Sections:
     """A checkpoint's content in the three parts that are stored apart."""
@@ -133,6 +137,15 @@ class Checkpoint:
             None if weights is None else self._decode(weights, "weights"),
             None if optimizers is None else self._decode(optimizers, "optimizer"),
         )
+
+    def read_optimizer_outlines(self) -> list[dict[str, Any]] | None:
+        """The optimizers' states with a TensorName in the place of each tensor.
+
+        Returns:
+            One for each optimizer; None when none were saved.
+        """
+        plain = self._read_plain().get("optimizers")
+        return None if plain is None else decode(plain, TensorName)  # type: ignore[no-any-return]
 
     def tensor_info(self, section: Section = "weights") -> dict[str, TensorInfo]:
         """Types, shapes and files of the tensors of a part, which are not read.
