@@ -15,7 +15,8 @@ import torch
 
 from lightning_grpo.checkpoints import BrokenCheckpointError
 from lightning_grpo.checkpoints.codec import decode, encode
-from lightning_grpo.checkpoints.files import locate, new_file
+from lightning_grpo.checkpoints.files import new_file
+from lightning_grpo.checkpoints.places import locate
 from lightning_grpo.checkpoints.shards import TensorSet
 from lightning_grpo.checkpoints.tensor_file import DTYPES, Shard, TensorFile, write_tensors
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import subprocess
@@ -27,6 +28,7 @@ from lightning_grpo.checkpoints import (
     resolve_checkpoint,
     verify,
 )
+from lightning_grpo.checkpoints import files as checkpoint_files
 from lightning_grpo.checkpoints.folder import survey
 from lightning_grpo.checkpoints.io import FolderCheckpointIO
 
@@ -34,6 +36,7 @@ from lightning_grpo.checkpoints.io import FolderCheckpointIO
 @pytest.fixture(scope="module")
 def store() -> Iterator[S3FileSystem]:
     """An S3 server with a bucket, which every process that starts now finds by its environment."""
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
     server = ThreadedMotoServer("127.0.0.1", port=0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()
@@ -65,10 +68,11 @@ def test_what_is_saved_comes_back_from_the_store(folder):
 
 def test_a_large_tensor_goes_up_and_comes_back_in_parts(folder, store, monkeypatch):
     monkeypatch.setattr(store, "default_block_size", 5 << 20)
+    monkeypatch.setattr(checkpoint_files, "CHUNK_BYTES", 1 << 20)
     big = torch.randn(3 << 20)
     url = f"{folder}/last-000001"
     FolderCheckpointIO().save_checkpoint({"state_dict": {"big": big}}, url)
-    assert store.info(f"{url}/weights.safetensors")["ETag"].endswith('-3"')
+    assert store.info(f"{url}/weights.safetensors")["ETag"].endswith('-3"')  # parts
     assert torch.equal(dict(open_checkpoint(url).read_weights())["big"], big)
     rows = open_checkpoint(url).tensors("weights").read_box("big", (7,), (9,))
     assert torch.equal(rows, big[7:16])
@@ -95,7 +99,7 @@ def test_a_broken_object_is_found_and_auto_takes_the_one_before(
 ):
     before, newest = (save(folder, "last", step) for step in (1, 2))
     if is_gone:
-        store.rm(f"{newest}/{name}")
+        store.rm_file(f"{newest}/{name}")
     else:
         (tmp_path / name).write_bytes(store.cat_file(f"{newest}/{name}"))
         flip(tmp_path / name)
@@ -104,6 +108,15 @@ def test_a_broken_object_is_found_and_auto_takes_the_one_before(
         FolderCheckpointIO().load_checkpoint(newest)
     with pytest.warns(UserWarning, match=f"last-000002 is left out: .*{name}"):
         assert resolve_checkpoint(f"{folder}/auto") == before
+
+
+def test_a_name_is_no_pattern(store):
+    folders = [f"s3://bucket/{name}/checkpoints" for name in ("run[12]*", "run1", "run2x")]
+    for folder in folders:
+        save(folder, "last", 1)
+        save(folder, "last", 2)
+    assert prune(folders[0], "last", 1) == ["last-000001"]
+    assert [len(list_checkpoints(folder)) for folder in folders] == [1, 2, 2]
 
 
 def test_what_others_have_written_since_is_seen(folder):
@@ -138,7 +151,8 @@ def test_a_process_that_is_killed_before_the_manifest_leaves_litter_only(folder,
     run = subprocess.run([sys.executable, "-c", KILLED, folder], env=env, timeout=60)
     assert run.returncode == -signal.SIGKILL
     assert len(store.ls(f"{folder}/last-000002", refresh=True)) == 4
-    assert resolve_checkpoint(f"{folder}/last").endswith("last-000001")
+    with pytest.warns(UserWarning, match="last-000002 is left out: .*no manifest"):
+        assert resolve_checkpoint(f"{folder}/last").endswith("last-000001")
     assert clean_litter(folder) == ["last-000002"]
     assert survey(folder)[1] == [] and not store.exists(f"{folder}/last-000002")
 
@@ -152,16 +166,14 @@ def on_ranks(folder: str) -> dict[str, Any]:
     trainer, module = train(3, **sharded())
     trainer.save_checkpoint(f"{folder}/last-000003")
     saved = state_of(trainer, module)
-    whole = state_of(*train(6, **sharded()))
-    resumed = state_of(*train(6, f"{folder}/last", **sharded()))
-    return {"saved": saved, "whole": whole, "resumed": resumed}
+    return {"saved": saved, "loaded": state_of(*train(3, f"{folder}/last", **sharded()))}
 
 
-def test_two_ranks_write_their_shards_to_the_store_and_resume(folder, store, tmp_path: Path):
+def test_two_ranks_write_their_shards_to_the_store_and_read_them(folder, store, tmp_path: Path):
     both = on_two_ranks(on_ranks, tmp_path, folder)
     for found in both:
         assert isinstance(found, dict), found
-        assert equal(found["resumed"], found["whole"])
+        assert equal(found["loaded"], found["saved"])
     assert not [path for path in tmp_path.rglob("*") if "safetensors" in path.name]
     names = open_checkpoint(f"{folder}/last-000003", check_sha256=True).manifest.files
     assert {f"weights-0000{rank}-of-00002.safetensors" for rank in (0, 1)} < names.keys()

@@ -12,12 +12,12 @@ from torch.optim import Optimizer
 
 from lightning_grpo.checkpoints.draft import Draft
 from lightning_grpo.checkpoints.errors import BrokenCheckpointError, failed_write
-from lightning_grpo.checkpoints.files import FileRecord, locate
 from lightning_grpo.checkpoints.folder import resolve_checkpoint
 from lightning_grpo.checkpoints.io import manifest_of, sections_of
 from lightning_grpo.checkpoints.local_parts import fill, localize, moment
 from lightning_grpo.checkpoints.manifest import Metric
 from lightning_grpo.checkpoints.optimizer_names import parameter_names, with_numbers
+from lightning_grpo.checkpoints.places import FileRecord, locate
 from lightning_grpo.checkpoints.store import (
     STATE,
     Checkpoint,
