@@ -174,7 +174,7 @@ def wrap_again(strategy: Strategy) -> None:
     strategy.configure_ddp()
 
 
-def call_before_loading(strategy: Strategy, prepare: Callable[[Path], None]) -> None:
+def call_before_loading(strategy: Strategy, prepare: Callable[[str | Path], None]) -> None:
     """Call a function with the path of a checkpoint before its weights are loaded.
 
     FSDP2 loads weights and moments before any hook of Lightning has seen the checkpoint, and they
@@ -182,13 +182,13 @@ def call_before_loading(strategy: Strategy, prepare: Callable[[Path], None]) -> 
 
     Args:
         strategy: of the Trainer.
-        prepare: gets the path.
+        prepare: gets the path or URL.
     """
     vars(strategy).pop("load_checkpoint", None)  # of an earlier fit
     load = strategy.load_checkpoint
 
     def load_checkpoint(checkpoint_path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        prepare(Path(checkpoint_path))
+        prepare(checkpoint_path)
         return load(checkpoint_path, *args, **kwargs)
 
     strategy.load_checkpoint = load_checkpoint  # type: ignore[method-assign]

@@ -232,7 +232,7 @@ class GRPOModule(L.LightningModule):
                 self._is_ready_to_fit = True
             enter_stage(self, self.stage)
 
-    def _make_room_for(self, path: Path) -> None:
+    def _make_room_for(self, path: str | Path) -> None:
         """Do as the run of a checkpoint did, and make or free the critic: weights come next."""
         if self.trainer.state.fn != "fit":
             return

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lightning_grpo.checkpoints.manifest import MANIFEST
-from lightning_grpo.checkpoints.store import open_checkpoint
+from lightning_grpo.checkpoints import open_checkpoint, resolve_checkpoint
 from lightning_grpo.run_state import Counters
 
 if TYPE_CHECKING:
@@ -69,17 +68,17 @@ def check_record(module: GRPOModule, saved: dict[str, Any]) -> None:
         )
 
 
-def read_checkpoint(path: Path) -> dict[str, Any]:
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """All of a checkpoint but its weights, which are not read.
 
     Args:
-        path: a checkpoint folder of ours, a file, or a folder that Lightning has sharded.
+        path: of a checkpoint folder of ours or its URL; a file, or a folder that Lightning sharded.
 
     Returns:
         Its content; tensors of a file are on the meta device.
     """
-    if (path / MANIFEST).exists():
-        return open_checkpoint(path).read_state()
-    file = path / "meta.pt" if path.is_dir() else path
+    file = Path(path) / "meta.pt" if Path(path).is_dir() else Path(path)
+    if not file.is_file():
+        return open_checkpoint(resolve_checkpoint(path)).read_state()
     content: dict[str, Any] = torch.load(file, map_location="meta", weights_only=True, mmap=True)
     return content

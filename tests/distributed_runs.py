@@ -14,10 +14,10 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from lightning_grpo.checkpoints.sharded import ShardedStrategy
 from lightning_grpo.module import GRPOModule
 from lightning_grpo.types import Minibatch, MinibatchOutput, Rollout
 
@@ -84,8 +84,7 @@ def strategy_options(name: str) -> dict[str, Any]:
         return {}
     if name == "ddp":
         return {"devices": 2, "strategy": "ddp"}
-    strategy = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)
-    return {"devices": 2, "strategy": strategy}
+    return {"devices": 2, "strategy": ShardedStrategy()}
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -15,8 +15,10 @@ import torch
 
 from lightning_grpo.checkpoints import BrokenCheckpointError
 from lightning_grpo.checkpoints.codec import decode, encode
-from lightning_grpo.checkpoints.files import locate, new_file
-from lightning_grpo.checkpoints.tensor_file import DTYPES, TensorFile, write_tensors
+from lightning_grpo.checkpoints.files import new_file
+from lightning_grpo.checkpoints.places import locate
+from lightning_grpo.checkpoints.shards import TensorSet
+from lightning_grpo.checkpoints.tensor_file import DTYPES, Shard, TensorFile, write_tensors
 
 
 def round_trip(tree: Any) -> Any:
@@ -205,3 +207,63 @@ def test_a_file_that_is_not_as_the_format_says_is_broken(tmp_path: Path, content
     (tmp_path / "x.safetensors").write_bytes(content)
     with pytest.raises(BrokenCheckpointError, match=r"x\.safetensors"):
         TensorFile(locate(tmp_path / "x.safetensors"))
+
+
+Box = tuple[tuple[int, ...], tuple[int, ...]]
+
+
+def write_parts(folder: Path, whole: torch.Tensor, boxes: list[Box]) -> list[TensorFile]:
+    """One file for each box (offsets, shape) of a tensor."""
+    files = []
+    for number, (offsets, shape) in enumerate(boxes):
+        part = whole[tuple(slice(o, o + n) for o, n in zip(offsets, shape))]
+        with new_file(locate(folder / f"{number}.safetensors")) as file:
+            write_tensors(file, {"x": part}, {"x": Shard(tuple(whole.shape), offsets)})
+            file.close()
+        files.append(TensorFile(locate(folder / f"{number}.safetensors")))
+    return files
+
+
+ROWS = [((0, 0), (3, 4)), ((3, 0), (2, 4)), ((5, 0), (1, 4))]
+COLUMNS = [((0, 3), (6, 1)), ((0, 0), (6, 1)), ((0, 1), (6, 2))]
+
+
+@pytest.mark.parametrize("boxes", [ROWS, COLUMNS, [((0, 0), (6, 4))]])
+def test_any_box_of_a_tensor_in_parts_can_be_read(tmp_path: Path, boxes):
+    whole = torch.arange(24).view(6, 4)
+    parts = TensorSet(write_parts(tmp_path, whole, boxes))
+    assert parts.info["x"].shape == (6, 4) and len(parts.info["x"].files) == len(boxes)
+    assert torch.equal(parts.read("x"), whole)
+    for top in range(6):
+        for bottom in range(top, 7):
+            for left in range(4):
+                for right in range(left, 5):
+                    box = parts.read_box("x", (top, left), (bottom - top, right - left))
+                    assert torch.equal(box, whole[top:bottom, left:right])
+
+
+@pytest.mark.parametrize(
+    "boxes",
+    [
+        ROWS[:-1],
+        [*ROWS, ROWS[0]],
+        [ROWS[0], ROWS[0]],
+        [*ROWS[:2], ((4, 0), (1, 4))],
+        [((0, 0), (3, 1)), ((0, 1), (3, 3)), ((3, 0), (3, 2)), ((3, 2), (3, 2))],
+        [((0, 0), (6, 4)), ((0,), (0,))],
+    ],
+)
+def test_parts_that_make_no_whole_are_broken(tmp_path: Path, boxes):
+    whole = torch.arange(24).view(6, 4)
+    files = write_parts(tmp_path, whole, boxes)
+    with pytest.raises(BrokenCheckpointError, match=r"\d\.safetensors"):
+        TensorSet(files)
+
+
+def test_a_part_of_another_shape_or_type_is_broken(tmp_path: Path):
+    files = []
+    for name, whole in [("a", torch.ones(6, 4)), ("b", torch.ones(6, 4).half())]:
+        (tmp_path / name).mkdir()
+        files += write_parts(tmp_path / name, whole, ROWS[:1] if name == "a" else ROWS[1:])
+    with pytest.raises(BrokenCheckpointError, match="its part of x does not fit the others"):
+        TensorSet(files)

@@ -49,12 +49,13 @@ def encode(tree: Any, root: Sequence[str] = ()) -> tuple[Any, dict[str, Tensor]]
     return _encode(tree, tuple(root), tensors), tensors
 
 
-def decode(plain: Any, tensor: Callable[[str], Tensor]) -> Any:
+def decode(plain: Any, tensor: Callable[[str], Any]) -> Any:
     """Put a tree together again.
 
     Args:
         plain: as `encode` gave it.
-        tensor: gives the tensor of a name; a KeyError for one that is not there.
+        tensor: gives the tensor of a name, or what to put in its place; a KeyError for one that
+            is not there.
 
     Returns:
         The tree.
@@ -116,7 +117,7 @@ def _add(tensor: Tensor, path: tuple[str, ...], tensors: dict[str, Tensor]) -> s
     return name
 
 
-def _decode_tagged(tag: str, content: Any, tensor: Callable[[str], Tensor]) -> Any:
+def _decode_tagged(tag: str, content: Any, tensor: Callable[[str], Any]) -> Any:
     if tag == "$tensor":
         return tensor(content)
     if tag == "$float":

@@ -17,21 +17,24 @@ from torch import Tensor
 
 from lightning_grpo.checkpoints.errors import BrokenCheckpointError, failed_write
 from lightning_grpo.checkpoints.files import (
-    FileRecord,
     NewFile,
-    Place,
-    locate,
     make_folder,
     make_new_folder,
-    names_in,
     new_file,
-    num_bytes,
     remove_tree,
     rename,
-    sha256_of,
     sync_folder,
 )
 from lightning_grpo.checkpoints.manifest import MANIFEST, Manifest
+from lightning_grpo.checkpoints.places import (
+    FileRecord,
+    Place,
+    file_sizes,
+    is_file,
+    locate,
+    names_in,
+    read_back,
+)
 from lightning_grpo.checkpoints.tensor_file import Shard, TensorFile, write_tensors
 
 
@@ -62,7 +65,7 @@ class Draft:
             FileExistsError: something is there. A checkpoint is never replaced.
         """
         target = locate(url)
-        if names_in(target) or num_bytes(target) is not None:
+        if names_in(target) or is_file(target):
             raise FileExistsError(f"{target} is there already: give each checkpoint its own name")
         if not target.is_local:
             return cls(target, target)
@@ -95,11 +98,12 @@ class Draft:
 
     def _close(self, file: NewFile) -> None:
         record = file.close()
-        found = num_bytes(file.place)
-        if found != record.num_bytes or sha256_of(file.place) != record.sha256:
+        found = read_back(file.place)
+        if found != record:
             raise BrokenCheckpointError(
-                f"{file.place} reads back differently from what was written ({found} bytes of "
-                f"{record.num_bytes}): the disk or the store is at fault"
+                f"{file.place} reads back differently from what was written "
+                f"({found.num_bytes} bytes of {record.num_bytes}): the disk or the store is at "
+                "fault"
             )
         self.records[file.place.name] = record
 
@@ -113,8 +117,9 @@ class Draft:
             The manifest with all files.
         """
         manifest = replace(manifest, files={**manifest.files, **self.records})
+        sizes = file_sizes(self.folder)
         for name, record in manifest.files.items():
-            if num_bytes(self.folder / name) != record.num_bytes:
+            if sizes.get(name) != record.num_bytes:
                 raise BrokenCheckpointError(
                     f"{self.folder / name} is not there as it was written: checkpoints of a run on "
                     "several nodes need a folder that all of them share, or a URL"

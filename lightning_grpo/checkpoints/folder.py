@@ -17,17 +17,9 @@ from typing import Literal
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lightning_grpo.checkpoints.errors import BrokenCheckpointError
-from lightning_grpo.checkpoints.files import (
-    Place,
-    locate,
-    names_in,
-    num_bytes,
-    remove_file,
-    remove_tree,
-    rename,
-    sync_folder,
-)
+from lightning_grpo.checkpoints.files import remove_file, remove_tree, rename, sync_folder
 from lightning_grpo.checkpoints.manifest import MANIFEST, read_manifest
+from lightning_grpo.checkpoints.places import Place, folders_in, is_file, locate, names_in
 from lightning_grpo.checkpoints.store import Checkpoint, open_checkpoint, verify
 
 Kind = Literal["last", "best", "iteration"]
@@ -66,7 +58,7 @@ def next_serial(folder: str | os.PathLike[str]) -> int:
     """A serial above those of all checkpoints in a folder."""
     place = locate(folder)
     serials = [0]
-    for name in names_in(place):
+    for name in folders_in(place):
         with contextlib.suppress(FileNotFoundError, BrokenCheckpointError):
             serials.append(read_manifest(place / name).serial)
     return max(serials) + 1
@@ -92,8 +84,8 @@ def survey(
     place = locate(folder)
     complete: list[Checkpoint] = []
     broken: list[tuple[str, str]] = []
-    for name in names_in(place):
-        if name.startswith(".") or num_bytes(place / name) is not None:
+    for name in folders_in(place):
+        if name.startswith("."):
             continue
         try:
             complete.append(open_checkpoint(str(place / name)))
@@ -123,9 +115,10 @@ def resolve_checkpoint(url: str | os.PathLike[str]) -> str:
     """
     place = locate(url)
     wanted = place.name
-    if wanted in ("last", "best", "auto") and num_bytes(place / MANIFEST) is None:
+    names = names_in(place)
+    if wanted in ("last", "best", "auto") and MANIFEST not in names:
         return _choose(place.parent, wanted)  # type: ignore[arg-type]
-    if not names_in(place) and num_bytes(place) is None:
+    if not names and not is_file(place):
         raise FileNotFoundError(f"{place}: there is no such checkpoint")
     return open_checkpoint(str(place)).url
 
@@ -207,11 +200,11 @@ def clean_litter(folder: str | os.PathLike[str]) -> list[str]:
     """
     place = locate(folder)
     removed = []
-    for name in names_in(place):
+    for name in folders_in(place):
         if place.is_local:
             is_litter = _is_left_behind(place / name)
         else:
-            is_litter = bool(_NAME.fullmatch(name)) and num_bytes(place / name / MANIFEST) is None
+            is_litter = bool(_NAME.fullmatch(name)) and MANIFEST not in names_in(place / name)
         if is_litter and _removed(remove_tree, place / name):
             removed.append(name)
     return removed

@@ -8,7 +8,6 @@ import torch
 from lightning.fabric.plugins import CheckpointIO
 from lightning.fabric.utilities.types import _PATH
 
-from lightning_grpo.checkpoints.files import Place, locate
 from lightning_grpo.checkpoints.folder import (
     kind_of,
     next_serial,
@@ -16,6 +15,7 @@ from lightning_grpo.checkpoints.folder import (
     resolve_checkpoint,
 )
 from lightning_grpo.checkpoints.manifest import Manifest, Metric, installed_versions
+from lightning_grpo.checkpoints.places import Place, locate
 from lightning_grpo.checkpoints.store import Sections, open_checkpoint, write_checkpoint
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from lightning_grpo import __version__
 from lightning_grpo.checkpoints.errors import BrokenCheckpointError
-from lightning_grpo.checkpoints.files import FileRecord, Place, num_bytes, open_to_read
+from lightning_grpo.checkpoints.places import FileRecord, Place, open_to_read
 
 MANIFEST = "manifest.json"
 FORMAT = "lightning_grpo checkpoint"
@@ -89,13 +89,13 @@ def read_manifest(folder: Place) -> Manifest:
         BrokenCheckpointError: it is damaged, or of a later version of this format.
     """
     place = folder / MANIFEST
-    size = num_bytes(place)
-    if size is None:
-        raise FileNotFoundError(f"{folder} is no complete checkpoint: it has no {MANIFEST}")
-    if size > _MAX_MANIFEST_BYTES:
-        raise BrokenCheckpointError(f"{place} has {size} bytes, more than a manifest can have")
-    with open_to_read(place) as stream:
-        text = stream.read()
+    try:
+        with open_to_read(place) as stream:
+            text = stream.read(_MAX_MANIFEST_BYTES)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise FileNotFoundError(
+            f"{folder} is no complete checkpoint: it has no {MANIFEST}"
+        ) from error
     try:
         content = json.loads(text)
         own_hash = content.pop("sha256")

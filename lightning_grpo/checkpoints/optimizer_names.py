@@ -41,12 +41,14 @@ def with_names(state: Mapping[str, Any], names: list[str]) -> dict[str, Any]:
     """An optimizer's state_dict with names in the place of numbers.
 
     Args:
-        state: of `Optimizer.state_dict`.
+        state: of `Optimizer.state_dict`; one that has names already stays as it is.
         names: of `parameter_names`.
 
     Returns:
         The same, its tensors not copied.
     """
+    if any(isinstance(p, str) for group in state["param_groups"] for p in group["params"]):
+        return dict(state)
     groups = [
         {**group, "params": [names[number] for number in group["params"]]}
         for group in state["param_groups"]

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -97,10 +97,20 @@ class TensorSet:
         self.info[name] = known._replace(files=(*known.files, file.place.name))
         self._parts.setdefault(name, []).append(Part(file, entry, offsets))
 
-    def _check(self, name: str, parts: Sequence[Part]) -> None:
-        covered = sum(math.prod(part.entry.shape) for part in parts)
-        is_whole = covered == math.prod(self.info[name].shape)
-        if not is_whole or len({part.offsets for part in parts}) < len(parts):
+    def _check(self, name: str, parts: list[Part]) -> None:
+        # One after the other along one dimension, as ranks hold them, and all of each other one.
+        shape = self.info[name].shape
+        parts.sort(key=lambda part: part.offsets)
+        split = {dim for part in parts for dim, offset in enumerate(part.offsets) if offset > 0}
+        dim = min(split, default=0)
+        ends = list(accumulate((part.entry.shape[dim] if shape else 1) for part in parts))
+        begins = [0, *ends[:-1]]
+        is_whole = len(split) <= 1 and ends[-1] == (shape[dim] if shape else 1)
+        for part, begin in zip(parts, begins):
+            others = part.entry.shape[:dim] + part.entry.shape[dim + 1 :]
+            is_whole &= others == shape[:dim] + shape[dim + 1 :]
+            is_whole &= not shape or part.offsets[dim] == begin
+        if not is_whole:
             files = ", ".join(str(part.file.place) for part in parts)
             raise BrokenCheckpointError(f"the parts of {name} in {files} make up no whole")
 

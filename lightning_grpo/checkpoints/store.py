@@ -26,13 +26,17 @@ from torch import Tensor
 from lightning_grpo.checkpoints.codec import decode, encode
 from lightning_grpo.checkpoints.draft import drafting
 from lightning_grpo.checkpoints.errors import BrokenCheckpointError
-from lightning_grpo.checkpoints.files import locate, num_bytes, open_to_read, sha256_of
 from lightning_grpo.checkpoints.manifest import MANIFEST, Manifest, read_manifest
+from lightning_grpo.checkpoints.places import file_sizes, is_file, locate, open_to_read, read_back
 from lightning_grpo.checkpoints.shards import TensorInfo, TensorSet
 from lightning_grpo.checkpoints.tensor_file import TensorFile
 
 STATE = "state.json"
 Section = Literal["weights", "optimizer", "state"]
+
+
+class TensorName(str):
+    """Name of a tensor that has not been read."""
 
 
 @dataclass(frozen=True)
@@ -134,6 +138,15 @@ class Checkpoint:
             None if optimizers is None else self._decode(optimizers, "optimizer"),
         )
 
+    def read_optimizer_outlines(self) -> list[dict[str, Any]] | None:
+        """The optimizers' states with a TensorName in the place of each tensor.
+
+        Returns:
+            One for each optimizer; None when none were saved.
+        """
+        plain = self._read_plain().get("optimizers")
+        return None if plain is None else decode(plain, TensorName)  # type: ignore[no-any-return]
+
     def tensor_info(self, section: Section = "weights") -> dict[str, TensorInfo]:
         """Types, shapes and files of the tensors of a part, which are not read.
 
@@ -166,11 +179,13 @@ class Checkpoint:
         """
         place = locate(self.url) / name
         record = self.manifest.files[name]
-        if num_bytes(place) is None:
+        try:
+            found = read_back(place)
+        except FileNotFoundError:
             return f"{place} is missing"
-        if num_bytes(place) != record.num_bytes:
-            return f"{place} has {num_bytes(place)} bytes and not {record.num_bytes}"
-        if sha256_of(place) != record.sha256:
+        if found.num_bytes != record.num_bytes:
+            return f"{place} has {found.num_bytes} bytes and not {record.num_bytes}"
+        if found.sha256 != record.sha256:
             return f"{place} is damaged: its SHA-256 is another one"
         return None
 
@@ -224,20 +239,22 @@ def open_checkpoint(url: str | os.PathLike[str], *, check_sha256: bool = False) 
         BrokenCheckpointError: a file is missing, cut or damaged, or the manifest is.
     """
     place = locate(url)
-    if num_bytes(place) is not None:
-        raise BrokenCheckpointError(
-            f"{place} is a file, and a checkpoint is a folder with a {MANIFEST}"
-        )
+    sizes = file_sizes(place)
+    if MANIFEST not in sizes:
+        if is_file(place):
+            raise BrokenCheckpointError(
+                f"{place} is a file, and a checkpoint is a folder with a {MANIFEST}"
+            )
+        raise FileNotFoundError(f"{place} is no complete checkpoint: it has no {MANIFEST}")
     checkpoint = Checkpoint(str(place), read_manifest(place))
     if STATE not in checkpoint.manifest.files:
         raise BrokenCheckpointError(f"{place / MANIFEST} names no {STATE}")
     for name, record in checkpoint.manifest.files.items():
-        found = num_bytes(place / name)
-        if found is None:
+        if name not in sizes:
             raise BrokenCheckpointError(f"{place / name} is missing")
-        if found != record.num_bytes:
+        if sizes[name] != record.num_bytes:
             raise BrokenCheckpointError(
-                f"{place / name} has {found} bytes and not {record.num_bytes}"
+                f"{place / name} has {sizes[name]} bytes and not {record.num_bytes}"
             )
     if check_sha256 and (problems := verify(checkpoint)):
         raise BrokenCheckpointError("; ".join(problems))

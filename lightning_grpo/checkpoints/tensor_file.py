@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import IO, Any
@@ -23,14 +24,8 @@ import torch
 from torch import Tensor
 
 from lightning_grpo.checkpoints.errors import BrokenCheckpointError
-from lightning_grpo.checkpoints.files import (
-    NewFile,
-    Place,
-    map_bytes,
-    num_bytes,
-    open_to_read,
-    read_exactly,
-)
+from lightning_grpo.checkpoints.files import NewFile
+from lightning_grpo.checkpoints.places import Place, map_bytes, open_to_read, read_exactly
 
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
@@ -167,11 +162,13 @@ class TensorFile:
 
     def __init__(self, place: Place) -> None:
         self.place = place
-        size = num_bytes(place)
-        if size is None:
-            raise BrokenCheckpointError(f"{place} is missing")
-        with open_to_read(place) as stream:
-            self.header, header = _read_header(stream, size, place)
+        try:
+            with open_to_read(place) as stream:
+                size = stream.seek(0, os.SEEK_END)
+                stream.seek(0)
+                self.header, header = _read_header(stream, size, place)
+        except FileNotFoundError as error:
+            raise BrokenCheckpointError(f"{place} is missing") from error
         self.entries: dict[str, Entry] = {}
         self.aliases: dict[str, str] = {}
         self.shards: dict[str, Shard] = {}
