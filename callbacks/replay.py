@@ -9,16 +9,14 @@ import lightning as L
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
-from lightning_grpo.distributed import failing_together
 from lightning_grpo.hooks import call_hook
 from lightning_grpo.lifecycle import give_up_critic
 from lightning_grpo.loaders import Slot
-from lightning_grpo.masking import reduction_count
 from lightning_grpo.module import GRPOModule
-from lightning_grpo.replay import split_microbatches, split_minibatches
+from lightning_grpo.queue import ReplayShape, cut_rollout, make_minibatches
 from lightning_grpo.scoring import evaluating, score_rollout
 from lightning_grpo.stages import Stage
-from lightning_grpo.types import Minibatch, MinibatchOutput, Rollout, select_rows, to_device
+from lightning_grpo.types import MinibatchOutput, Rollout, to_device
 from lightning_grpo.value_loss import explained_variance
 
 # The sampler's log-probs may stand for the training forward's when they are this close, in nats.
@@ -68,6 +66,7 @@ class InnerEpochReplay(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, module: GRPOModule) -> None:
         """Refuse an epoch that would end inside an accumulation window."""
+        self._update_start = time.perf_counter()  # a run may be resumed in the middle
         window = trainer.accumulate_grad_batches
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
@@ -124,48 +123,18 @@ class InnerEpochReplay(L.Callback):
         """
         assert module.rollout is not None
         rollout = to_device(module.rollout, module.device)
-        iteration = module.counters.iterations
-        key = f"{module.settings.seed}/{iteration}"
-        with failing_together(module, "cutting the rollout into minibatches"):
-            rows = [
-                part
-                for epoch in range(self.num_epochs)
-                for part in split_minibatches(
-                    rollout, self.num_minibatches, shuffle_key=f"{key}/{epoch}"
-                )
-            ]
-        microbatches = [
-            split_microbatches(
-                select_rows(rollout, part),
-                module.microbatch_tokens,
-                is_packed=module.policy.is_packing,
-            )
-            for part in rows
-        ]
-        equalize_over_ranks(module, microbatches)
+        shape = ReplayShape(self.num_epochs, self.num_minibatches)
+        cut = cut_rollout(module, rollout, shape)
         first_epoch = [
             part[micro]
-            for part, micros in zip(rows[: self.num_minibatches], microbatches, strict=False)
+            for part, micros in zip(cut.rows[: self.num_minibatches], cut.microbatches)
             for micro in micros
         ]
         rollout = self._with_reference(trainer, module, rollout, first_epoch)
         rollout = self._with_scores(trainer, module, rollout, first_epoch)
-        rollout = prepare(module, rollout)
-        module.rollout = rollout
-        parts = [select_rows(rollout, part) for part in rows]
+        module.rollout, module.replay_shape = prepare(module, rollout), shape
         window = trainer.accumulate_grad_batches
-        denominators = window_denominators(module, parts, window)
-        for index, part in enumerate(parts):
-            module.queue.append(
-                Minibatch(
-                    rollout=part,
-                    microbatches=microbatches[index],
-                    denominator=denominators[index // window],
-                    iteration=iteration,
-                    index=index,
-                    is_window_end=(index + 1) % window == 0,
-                )
-            )
+        module.queue.extend(make_minibatches(module, module.rollout, cut, window))
 
     def _with_reference(
         self,
@@ -292,38 +261,3 @@ def resolve_old_logprobs(
         f"{float(difference.max()):.1e} nats apart, precision {trainer.precision})"
     )
     return choice
-
-
-def equalize_over_ranks(module: GRPOModule, microbatches: list[list[torch.Tensor]]) -> None:
-    """Append empty micro-batches until every rank makes the same number of forwards.
-
-    Args:
-        module: adds over the ranks.
-        microbatches: of each minibatch, changed in place.
-    """
-    counts = torch.tensor([float(len(parts)) for parts in microbatches])
-    most = module.max_over_ranks(counts).tolist()
-    for parts, count in zip(microbatches, most, strict=True):
-        parts += [torch.zeros(0, dtype=torch.int64)] * (int(count) - len(parts))
-
-
-def window_denominators(module: GRPOModule, parts: list[Rollout], window: int) -> list[float]:
-    """Counts that the loss of each optimizer step is divided by, over all ranks.
-
-    Args:
-        module: whose algorithm says what is counted.
-        parts: the minibatches in order.
-        window: minibatches per optimizer step.
-
-    Returns:
-        One count per step, at least 1.
-    """
-    num_max = module.settings.sampling.max_completion_tokens
-    counts = torch.stack(
-        [
-            reduction_count(part.action_mask, module.acting_algorithm.reduction, num_max).double()
-            for part in parts
-        ]
-    )
-    totals = module.sum_over_ranks(counts).reshape(-1, window).sum(dim=1)
-    return [max(total, 1.0) for total in totals.tolist()]

@@ -49,7 +49,13 @@ from lightning_grpo.optimization import (
 from lightning_grpo.packing_check import Packing, settle_packing
 from lightning_grpo.paths import resolve_package_path
 from lightning_grpo.policy import Dtype, Policy, eos_token_ids, load_policy
+from lightning_grpo.queue import ReplayShape
 from lightning_grpo.reference import Reference, frozen_reference_hash, settle_reference
+from lightning_grpo.resume.going_on import go_on
+from lightning_grpo.resume.marks import Marks
+from lightning_grpo.resume.places import count_steps, let_run_begin
+from lightning_grpo.resume.stopping import STOP
+from lightning_grpo.resume.writing import write_mark
 from lightning_grpo.rewards import Scorer
 from lightning_grpo.rollout import RolloutSettings, collect_rollout
 from lightning_grpo.run_state import Counters, Phase
@@ -112,8 +118,11 @@ class GRPOModule(L.LightningModule):
     """What is wrong with the critic, until it is freed for it."""
     num_critic_failures: int = 0
     """Critics that were freed because they gave no finite numbers."""
+    force_resume: bool = False
+    """Resume although model, tokenizer or data are not those of the checkpoint."""
     _is_ready_to_fit: bool = False
     _is_packing_settled: bool = False
+    _num_taken: int = 0
     may_use_critic: bool = True
     """Whether PPO can come up at all in this run."""
     num_critic_warmup_iterations: int = 0
@@ -201,6 +210,8 @@ class GRPOModule(L.LightningModule):
         # The state of the run.
         self.rollout: Rollout | None = None
         self.queue: deque[Minibatch] = deque()
+        self.replay_shape: ReplayShape | None = None
+        self.marks = Marks()
         self.counters = Counters()
         self.phase = Phase()
         self.minibatch_metrics: dict[str, float] = {}
@@ -213,6 +224,7 @@ class GRPOModule(L.LightningModule):
         """Refuse what cannot work, and find out where the run writes (on rank 0, for all)."""
         refuse_unsupported(self.trainer, stage)
         if stage == "fit":
+            self.marks.begin()
             if self.check_memory:
                 refuse_what_cannot_fit(self, self.trainer)
             call_before_loading(self.trainer.strategy, self._make_room_for)
@@ -299,7 +311,11 @@ class GRPOModule(L.LightningModule):
         warn_of_idle_kl(algorithms, self.loss_beta)
 
     def on_train_start(self) -> None:
-        """Settle the reference, after a checkpoint was loaded or a cold start was made."""
+        """Settle the reference, and go on from the place of a checkpoint."""
+        self._settle_reference()
+        go_on(self)
+
+    def _settle_reference(self) -> None:
         if self.reference is None:
             return
         is_dry_run = self.trainer.fast_dev_run  # type: ignore[attr-defined]
@@ -319,6 +335,11 @@ class GRPOModule(L.LightningModule):
 
     # One minibatch
 
+    def on_train_batch_start(self, batch: Slot, batch_idx: int) -> None:
+        """Mark the queue, when it is new: see resume/marks.py."""
+        count_steps(self.trainer)
+        self.marks.before_update(self, batch.minibatch)
+
     def training_step(self, slot: Slot, batch_idx: int) -> Tensor:
         """Turn the minibatch in the slot into a loss.
 
@@ -329,6 +350,7 @@ class GRPOModule(L.LightningModule):
         if minibatch is None:
             raise RuntimeError(NO_CALLBACKS.format(what="a minibatch"))
         sums = MetricSums()
+        self._num_taken = minibatch.index + 1
         for rows in minibatch.microbatches[:-1]:
             loss = self._scaled_loss(minibatch, rows, sums)
             self.trainer.strategy.backward(loss, self.trainer.optimizers[0])
@@ -381,6 +403,7 @@ class GRPOModule(L.LightningModule):
         if self.is_step_skipped:
             # None and not zero: AdamW moves weights on a zero gradient too.
             optimizer.zero_grad(set_to_none=True)
+        self.marks.before_step()
 
     def configure_gradient_clipping(
         self,
@@ -416,9 +439,19 @@ class GRPOModule(L.LightningModule):
         """Do nothing: Lightning calls this after micro-batches have had their backward."""
 
     def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
-        """Step the schedule with every step that the policy made."""
+        """Step the schedule with every step that the policy made, and mark the step."""
         if not self.is_step_skipped and moves_policy(self.stage):
             super().lr_scheduler_step(scheduler, metric)
+        self.marks.after_step(self, self._num_taken)
+
+    def on_train_batch_end(self, outputs: Any, batch: Slot, batch_idx: int) -> None:
+        """Mark the end of the batch, and stop here if a signal has asked for it."""
+        self.marks.after_batch(self)
+        STOP.check(self)
+
+    def on_validation_end(self) -> None:
+        """Mark what a validation has changed."""
+        self.marks.after_validation(self)
 
     # Completions
 
@@ -474,7 +507,9 @@ class GRPOModule(L.LightningModule):
 
     def _evaluate(self, prompts: PromptBatch, metrics: MetricCollection, phase: str) -> None:
         self.phase.enter(phase)
-        rollout = self.make_rollout(prompts, is_training=False)
+        is_alone = self.device_mesh is None
+        with failing_together(self, "completing prompts"), STOP.at_once(is_possible=is_alone):
+            rollout = self.make_rollout(prompts, is_training=False)
         with failing_together(self, "scoring completions"):
             scores = score_completions(self.required_scorer, rollout, self.trainer_state())
             successes = self.judge.successes(scores.function_rewards) if len(rollout) else []
@@ -570,14 +605,20 @@ class GRPOModule(L.LightningModule):
         return gather_rows(values, self.global_rank, self.num_ranks, self.sum_over_ranks)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add counters, beta, stage and what is known of the reference."""
-        checkpoint[KEY] = record_of(self)
+        """Let the checkpoint be that of the last mark, with our counters and all else."""
+        if self.trainer.state.fn == "fit" and "callbacks" in checkpoint and self.marks.last:
+            write_mark(self, checkpoint)
+        else:
+            checkpoint[KEY] = record_of(self)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take back what `on_save_checkpoint` added; to measure a policy, leave its critic out."""
         restore_record(self, checkpoint[KEY])
         self.queue.clear()
         self.rollout = None
+        if self.trainer.state.fn == "fit" and "mark" in checkpoint[KEY]:
+            self.marks.resume_from = checkpoint[KEY]["mark"]
+            let_run_begin(self.trainer, checkpoint["loops"])
         if self.trainer.state.fn != "fit" and "state_dict" in checkpoint:
             saved, own = checkpoint["state_dict"], self.state_dict()
             policy = {k: v for k, v in saved.items() if not k.startswith("critic.")}
