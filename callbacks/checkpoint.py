@@ -11,6 +11,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch.optim.lr_scheduler import LambdaLR
 
+from lightning_grpo.checkpoint_paths import checkpoint_dir, named_checkpoint
 from lightning_grpo.module import GRPOModule
 from lightning_grpo.resume.stopping import STOP
 from lightning_grpo.snapshot import interrupts_deferred
@@ -55,7 +56,7 @@ class IterationCheckpoint(Checkpoint):
         self.saves_on_exception = on_exception
         self.force_resume = force_resume
         self.best_score: float | None = None
-        self.folder = Path("checkpoints")
+        self.folder = checkpoint_dir(Path())
         self._saved_mark = 0
         self._beta = 0.0
         self._saved_beta: float | None = None
@@ -63,7 +64,7 @@ class IterationCheckpoint(Checkpoint):
 
     def setup(self, trainer: L.Trainer, module: GRPOModule, stage: str) -> None:
         """Find the run's folder, and note the configured beta before a checkpoint is loaded."""
-        self.folder = Path(trainer.log_dir or trainer.default_root_dir) / "checkpoints"
+        self.folder = checkpoint_dir(Path(trainer.log_dir or trainer.default_root_dir))
         self._beta = module.beta
         self._saved_mark = 0
         module.force_resume = self.force_resume
@@ -93,12 +94,12 @@ class IterationCheckpoint(Checkpoint):
     @property
     def last_path(self) -> Path:
         """Where the newest checkpoint is."""
-        return self.folder / "last.ckpt"
+        return named_checkpoint(self.folder, "last")
 
     @property
     def best_path(self) -> Path:
         """Where the best checkpoint is."""
-        return self.folder / "best.ckpt"
+        return named_checkpoint(self.folder, "best")
 
     def on_train_batch_end(
         self, trainer: L.Trainer, module: GRPOModule, outputs: object, batch: Any, batch_idx: int
@@ -115,7 +116,8 @@ class IterationCheckpoint(Checkpoint):
             self.save(trainer, module, self.last_path)
         keep = self.keep_every_n_iterations
         if keep and not module.queue and iterations % keep == 0:
-            self.save(trainer, module, self.folder / f"iteration_{iterations:06d}.ckpt")
+            name = f"iteration_{iterations:06d}"
+            self.save(trainer, module, named_checkpoint(self.folder, name))
 
     def on_train_end(self, trainer: L.Trainer, module: GRPOModule) -> None:
         """Save the end of the run, when it is not saved as it is."""

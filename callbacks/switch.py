@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import lightning as L
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
+
 from lightning_grpo.algorithms import PPO
 from lightning_grpo.critic import check_reward_model
 from lightning_grpo.distributed import failing_together

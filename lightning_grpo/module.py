@@ -51,6 +51,7 @@ from lightning_grpo.paths import resolve_package_path
 from lightning_grpo.policy import Dtype, Policy, eos_token_ids, load_policy
 from lightning_grpo.queue import ReplayShape
 from lightning_grpo.reference import Reference, frozen_reference_hash, settle_reference
+from lightning_grpo.resume.fingerprints import fingerprints_of
 from lightning_grpo.resume.going_on import go_on
 from lightning_grpo.resume.marks import Marks
 from lightning_grpo.resume.places import count_steps, let_run_begin
@@ -201,6 +202,7 @@ class GRPOModule(L.LightningModule):
         self.reference: Reference | None = None
         self.old_policy: WeightSnapshot | None = None
         self.reference_record: dict[str, str] = {}
+        self.fingerprints: dict[str, str] = {}
 
         # Set by the callbacks before the run starts.
         self.rollout_settings: RolloutSettings | None = None
@@ -247,6 +249,7 @@ class GRPOModule(L.LightningModule):
                 self.name_or_path, num_tokens=len(self.tokenizer), **self.load_options
             )
         self.strict_loading = not policy.is_lora
+        self.fingerprints = fingerprints_of(policy, self.tokenizer)
         is_fitting = self.trainer.state.fn == "fit"
         if is_fitting:
             self._settle_packing(policy)
@@ -275,7 +278,7 @@ class GRPOModule(L.LightningModule):
         self.policy.train()
         self._is_ready_to_fit = True
 
-    def _make_room_for(self, path: Path) -> None:
+    def _make_room_for(self, path: str) -> None:
         """Build or free the critic as a checkpoint needs it, whose weights are loaded next."""
         if self.trainer.state.fn != "fit":
             return
@@ -323,9 +326,12 @@ class GRPOModule(L.LightningModule):
             if self.is_cold_started:
                 self.reference.retake()
             return  # such a run leaves no files
+        record = self.reference_record
+        if self.force_resume and not record.get("folder"):
+            record = {}  # the base model may be another one, and its weights the reference
         self.reference_record = settle_reference(
             self.reference,
-            self.reference_record,
+            record,
             folder=self.run_dir / "reference",
             initial_hash=self.initial_hash,
             origin="cold_start" if self.is_cold_started else self.init,

@@ -39,6 +39,7 @@ LAYERS = [
         *("memory", "critic_export"),
         *("optimization", "sharding", "startup", "adapters", "critic", "forward", "lifecycle"),
         *("saved_run", "stages", "evidence", "switching"),
+        *("resume", "queue", "json_lines", "checkpoint_paths"),
     },
     {"callbacks"},
     {"cli", "console", "run_files", "tool_commands", "tools", "conf", "__main__"},

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from lightning_grpo.module import GRPOModule
 
 
+_OPTIMIZATION = "epoch_loop.automatic_optimization.optim_progress"
+
+
 @dataclass(frozen=True)
 class Place:
     """A place between two batches."""
@@ -105,7 +108,7 @@ def loops_at(place: Place, loops: dict[str, Any]) -> dict[str, Any]:
         "total": _all_at(place.num_batches_of_all),
         "is_last_batch": place.is_last_batch,
     }
-    step = fit["epoch_loop.automatic_optimization.optim_progress"]["optimizer"]["step"]
+    step = fit[_OPTIMIZATION]["optimizer"]["step"]
     step["current"] = {"ready": place.num_steps_of_epoch, "completed": place.num_steps_of_epoch}
     step["total"] = {"ready": place.num_steps, "completed": place.num_steps}
     fit["epoch_loop.state_dict"]["_batches_that_stepped"] = place.num_steps
@@ -131,7 +134,7 @@ def let_run_begin(trainer: L.Trainer, loops: dict[str, Any]) -> None:
         trainer: in fit.
         loops: of a checkpoint, before Lightning has read them; changed.
     """
-    step = loops["fit_loop"]["epoch_loop.automatic_optimization.optim_progress"]["optimizer"]["step"]
+    step = loops["fit_loop"][_OPTIMIZATION]["optimizer"]["step"]
     if 0 < trainer.max_steps <= step["total"]["completed"]:
         step["total"] = dict.fromkeys(("ready", "completed"), trainer.max_steps - 1)
 

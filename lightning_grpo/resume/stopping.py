@@ -128,7 +128,6 @@ class StopRequest:
             self.signal, self.is_agreed = number, True
             raise KeyboardInterrupt if number == signal.SIGINT else SIGTERMException
 
-
     def forget(self) -> None:
         """Begin anew: the run has been stopped."""
         self.signal, self.is_agreed = 0, False
