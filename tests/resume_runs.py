@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import dataclasses
+import faulthandler
 import json
 import os
 import random
@@ -29,7 +30,7 @@ import torch
 from distributed_runs import strategy_options, whole
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
-from runs import make_data, make_module, make_trainer, spread_reward
+from runs import make_data, make_module, make_trainer
 from switch_runs import STOPS, PPOBetween
 
 from lightning_grpo.adapters import Lora
@@ -43,7 +44,8 @@ VAL = [{"prompt": f"{i}=", "answer": str(i)} for i in range(4)]
 # 16 prompts, 4 at a time: 3 epochs of 4 iterations. Two epochs of two minibatches in windows of
 # two: 2 optimizer steps in each iteration.
 NUM_ITERATIONS = 12
-NUM_STEPS = 24
+# A run takes a few seconds; one that waits for another that will not come shows where, and ends.
+TIMEOUT_S = 90
 
 
 @dataclass(frozen=True)
@@ -116,10 +118,10 @@ STOPPER = Stopper()
 
 
 def noisy_reward(completions: list[str], **columns: Any) -> list[float]:
-    """A reward that draws from every generator there is."""
+    """A reward that draws from every generator there is; some groups have no spread."""
     STOPPER.reach("reward")
     noise = random.random() + float(np.random.rand()) + float(torch.rand(()))
-    return [reward + 0.1 * noise * (len(text) % 3) for reward, text in zip(spread_reward(completions), completions)]
+    return [(1 + 0.1 * noise) * (sum(map(ord, text)) % 2) for text in completions]
 
 
 class Moments(L.Callback):
@@ -261,9 +263,10 @@ def run_child(folder: Path, job: Callable[[], None], num_ranks: int = 1) -> list
 def _be_child(folder: Path, job: Callable[[], None], rank: int | None, port: int) -> None:
     code = 1
     try:
-        with (folder / f"output-{rank or 0}.txt").open("a") as output:
-            os.dup2(output.fileno(), 1)
-            os.dup2(output.fileno(), 2)
+        sys.stdout = sys.stderr = output = (folder / f"output-{rank or 0}.txt").open("a")
+        os.dup2(output.fileno(), 1)
+        os.dup2(output.fileno(), 2)
+        faulthandler.dump_traceback_later(TIMEOUT_S, exit=True, file=sys.stderr)
         if rank is not None:
             os.environ |= {
                 "MASTER_ADDR": "127.0.0.1",

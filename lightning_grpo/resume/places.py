@@ -53,7 +53,7 @@ class Place:
 
 def place_before_batch(trainer: L.Trainer) -> Place:
     """The place from which the batch that has just begun can be begun again."""
-    progress = trainer.fit_loop.epoch_loop.batch_progress
+    progress: Any = trainer.fit_loop.epoch_loop.batch_progress
     return _place(
         trainer,
         is_last_batch=False,
@@ -66,7 +66,7 @@ def place_after_batch(trainer: L.Trainer) -> Place:
     """The place after the batch whose hooks are called now."""
     loop = trainer.fit_loop.epoch_loop
     fetcher: Any = trainer.fit_loop._data_fetcher
-    progress = loop.batch_progress
+    progress: Any = loop.batch_progress
     return _place(
         trainer,
         num_batches=progress.current.processed,
@@ -78,9 +78,10 @@ def place_after_batch(trainer: L.Trainer) -> Place:
 
 def _place(trainer: L.Trainer, **changes: Any) -> Place:
     loop = trainer.fit_loop.epoch_loop
+    epochs: Any = trainer.fit_loop.epoch_progress
     steps = loop.automatic_optimization.optim_progress.optimizer.step
     return Place(
-        num_epochs=trainer.fit_loop.epoch_progress.current.processed,
+        num_epochs=epochs.current.processed,
         is_in_epoch=True,
         num_steps=steps.total.completed,
         num_steps_of_epoch=steps.current.completed,

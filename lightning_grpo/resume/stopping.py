@@ -14,7 +14,7 @@ import os
 import signal
 from collections.abc import Iterator
 from types import FrameType
-from typing import Protocol
+from typing import Any, Protocol
 
 import lightning as L
 import torch
@@ -60,7 +60,8 @@ class StopRequest:
                 launcher.kill(number)  # its processes are other ranks of this run
             self.receive(number)
 
-        trainer._signal_connector._sigterm_notifier_fn = receive
+        connector: Any = trainer._signal_connector
+        connector._sigterm_notifier_fn = receive
 
     def listen_for_interrupts(self) -> None:
         """Let a Ctrl-C wait too; for several ranks, which it reaches at different places."""
