@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
 
-.PHONY: help install fit test format lint type mutants credit benchmark clean
+.PHONY: help install fit test format lint type mutants credit benchmark matrix clean
 
 help:  ## Show the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | sort
@@ -44,6 +44,9 @@ credit: install  ## Compare credit per token with one advantage per completion; 
 
 benchmark: install  ## Time the training step against TRL's on this CPU; needs 16 GB and a quiet hour
 	$(BIN)/python -m lightning_grpo benchmark --preset cpu --output tests/results $(ARGS)
+
+matrix: install  ## Stop runs at every point in every way, and resume them; 30 minutes
+	$(BIN)/python tests/resume_matrix.py
 
 clean:  ## Remove what was built
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache

@@ -8,25 +8,32 @@ from typing import Any, Literal
 
 import lightning as L
 from lightning.pytorch.callbacks import Checkpoint
-from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch.optim.lr_scheduler import LambdaLR
 
+from lightning_grpo.checkpoint_paths import checkpoint_dir, named_checkpoint
 from lightning_grpo.module import GRPOModule
+from lightning_grpo.resume.stopping import STOP
+from lightning_grpo.snapshot import interrupts_deferred
 
 
 class IterationCheckpoint(Checkpoint):
     """Keep last.ckpt, the best one, and one of every n iterations, in <run>/checkpoints.
 
-    A resumed run takes weights and moments from the checkpoint, but the options of the optimizer
-    (learning rate, weight decay, ...) and a changed `model.beta` from its configuration.
+    A run that is resumed from one goes on where the run was that wrote it, between two minibatches
+    too, and ends in the same bits. It takes weights and moments from the checkpoint, but the
+    options of the optimizer (learning rate, weight decay, ...), the course of the learning rate
+    and a changed `model.beta` from its configuration.
 
     Args:
         every_n_iterations: how often last.ckpt is replaced; it is always written at the end.
         keep_every_n_iterations: also keep iteration_<i>.ckpt every so often; 0 keeps none.
         monitor: validation metric that decides which checkpoint is best.ckpt; null keeps no best.
         mode: whether the best is the largest (max) or the smallest (min); ties go to the newest.
-        on_exception: write last.ckpt on Ctrl-C, SIGTERM, and (on one process) on an error.
+        on_exception: write last.ckpt on Ctrl-C, on SIGTERM, and on an error, on several processes
+            only on one that all of them have.
+        force_resume: resume although base model, tokenizer or training prompts are not those that
+            the checkpoint was made with; other prompts begin at their first.
     """
 
     def __init__(
@@ -36,6 +43,7 @@ class IterationCheckpoint(Checkpoint):
         monitor: str | None = "val/pass_at_1",
         mode: Literal["max", "min"] = "max",
         on_exception: bool = True,
+        force_resume: bool = False,
     ) -> None:
         if every_n_iterations < 1:
             raise ValueError(
@@ -46,19 +54,22 @@ class IterationCheckpoint(Checkpoint):
         self.monitor = monitor
         self.mode = mode
         self.saves_on_exception = on_exception
+        self.force_resume = force_resume
         self.best_score: float | None = None
-        self.folder = Path("checkpoints")
-        self._saved_step = -1
-        self._has_trained = False
+        self.folder = checkpoint_dir(Path())
+        self._saved_mark = 0
         self._beta = 0.0
         self._saved_beta: float | None = None
         self._options: list[dict[str, Any]] = []
 
     def setup(self, trainer: L.Trainer, module: GRPOModule, stage: str) -> None:
         """Find the run's folder, and note the configured beta before a checkpoint is loaded."""
-        self.folder = Path(trainer.log_dir or trainer.default_root_dir) / "checkpoints"
+        self.folder = checkpoint_dir(Path(trainer.log_dir or trainer.default_root_dir))
         self._beta = module.beta
-        self._has_trained = False
+        self._saved_mark = 0
+        module.force_resume = self.force_resume
+        if stage == "fit":
+            STOP.listen(trainer)
 
     def on_fit_start(self, trainer: L.Trainer, module: GRPOModule) -> None:
         """Note the configured options of the optimizer before those of a checkpoint are loaded."""
@@ -66,43 +77,35 @@ class IterationCheckpoint(Checkpoint):
 
     def on_train_start(self, trainer: L.Trainer, module: GRPOModule) -> None:
         """Let the configuration win over the checkpoint."""
+        if trainer.world_size > 1:
+            STOP.listen_for_interrupts()
         if self._saved_beta is not None and self._saved_beta != self._beta:
             module.beta = self._beta
         groups = trainer.optimizers[0].param_groups
         schedulers = [c.scheduler for c in trainer.lr_scheduler_configs]
         for number, (group, options) in enumerate(zip(groups, self._options, strict=True)):
-            changed = options != options_of(group)
             group.update(options)
             for scheduler in schedulers:
-                if changed and isinstance(scheduler, LambdaLR):
+                if isinstance(scheduler, LambdaLR):
                     scheduler.base_lrs[number] = options["initial_lr"]
                     factor = scheduler.lr_lambdas[number](scheduler.last_epoch)
                     group["lr"] = options["initial_lr"] * factor
 
-    def on_train_batch_start(
-        self, trainer: L.Trainer, module: GRPOModule, batch: Any, batch_idx: int
-    ) -> None:
-        """Keep the logged step at the number of steps.
-
-        After a resume from a Ctrl-C in the middle of a step, Lightning's own counter is one ahead.
-        """
-        trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
-
     @property
     def last_path(self) -> Path:
         """Where the newest checkpoint is."""
-        return self.folder / "last.ckpt"
+        return named_checkpoint(self.folder, "last")
 
     @property
     def best_path(self) -> Path:
         """Where the best checkpoint is."""
-        return self.folder / "best.ckpt"
+        return named_checkpoint(self.folder, "best")
 
     def on_train_batch_end(
         self, trainer: L.Trainer, module: GRPOModule, outputs: object, batch: Any, batch_idx: int
     ) -> None:
         """Save after the last minibatch of an iteration, when it is time, and at the very end."""
-        self._has_trained = True
+        module.marks.after_batch(module)
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         iterations = module.counters.iterations
@@ -110,16 +113,16 @@ class IterationCheckpoint(Checkpoint):
         if module.queue and not is_over:
             return
         if is_over or iterations % self.every_n_iterations == 0:
-            self.save(trainer, self.last_path)
+            self.save(trainer, module, self.last_path)
         keep = self.keep_every_n_iterations
         if keep and not module.queue and iterations % keep == 0:
-            self.save(trainer, self.folder / f"iteration_{iterations:06d}.ckpt")
+            name = f"iteration_{iterations:06d}"
+            self.save(trainer, module, named_checkpoint(self.folder, name))
 
     def on_train_end(self, trainer: L.Trainer, module: GRPOModule) -> None:
-        """Save the end of a run that something else than its last step has stopped."""
-        is_saved = self._saved_step == trainer.global_step
-        if self._has_trained and not is_saved and not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            self.save(trainer, self.last_path)
+        """Save the end of the run, when it is not saved as it is."""
+        if self.has_news(trainer, module):
+            self.save(trainer, module, self.last_path)
 
     def on_validation_end(self, trainer: L.Trainer, module: GRPOModule) -> None:
         """Keep this policy when it is the best so far."""
@@ -128,7 +131,8 @@ class IterationCheckpoint(Checkpoint):
         score = float(trainer.callback_metrics.get(self.monitor, math.nan))
         if self.is_best(score):
             self.best_score = score
-            self.save(trainer, self.best_path)
+            module.marks.after_validation(module)
+            self.save(trainer, module, self.best_path)
 
     def is_best(self, score: float) -> bool:
         """Whether a score is at least as good as every one before; NaN never is."""
@@ -141,28 +145,39 @@ class IterationCheckpoint(Checkpoint):
     def on_exception(
         self, trainer: L.Trainer, module: GRPOModule, exception: BaseException
     ) -> None:
-        """Save what there is, where every rank is sure to come by."""
-        # A resume that fails to start has restored some of a checkpoint, which must stay as it is.
-        if not self._has_trained:
+        """Save where the run was last whole, where every rank is sure to come by."""
+        module.marks.let_signals_through()
+        is_on_all_ranks = STOP.is_agreed or getattr(exception, "is_on_all_ranks", False)
+        STOP.forget()
+        if trainer.world_size > 1 and not is_on_all_ranks:
             return
-        reaches_all_ranks = isinstance(exception, (KeyboardInterrupt, SIGTERMException))
-        if not self.saves_on_exception or trainer.fast_dev_run or trainer.global_step == 0:  # type: ignore[attr-defined]
-            return
-        if trainer.world_size > 1 and not reaches_all_ranks:
-            return
-        if trainer.state.fn == "fit" and self._saved_step != trainer.global_step:
-            drop_open_window(trainer)
-            self.save(trainer, self.last_path)
+        if self.saves_on_exception and self.has_news(trainer, module):
+            problem = module.marks.problem(module)
+            if problem:
+                rank_zero_info(f"not saved: {problem}; {self.last_path} is as it was")
+                return
+            self.save(trainer, module, self.last_path)
+        mark = module.marks.last
+        if mark is not None and mark.serial == self._saved_mark:
             rank_zero_info(
-                f"stopped at step {trainer.global_step}; resume with --ckpt_path {self.last_path}"
+                f"stopped at step {mark.place.num_steps}; resume with --ckpt_path {self.last_path}"
             )
 
-    def save(self, trainer: L.Trainer, path: Path) -> None:
+    def has_news(self, trainer: L.Trainer, module: GRPOModule) -> bool:
+        """Whether last.ckpt is not what it should be: a run has got on."""
+        mark = module.marks.last
+        if trainer.state.fn != "fit" or mark is None or not mark.place.num_steps:
+            return False
+        return mark.serial > max(self._saved_mark, module.marks.resumed)
+
+    def save(self, trainer: L.Trainer, module: GRPOModule, path: Path) -> None:
         """Write one checkpoint. Every rank has to call it."""
-        # Here it means that the optimizer and the loops are saved too; nothing is unpickled.
-        trainer.save_checkpoint(path, weights_only=False)
-        if path == self.last_path:
-            self._saved_step = trainer.global_step
+        with interrupts_deferred():
+            # Here it means that the optimizer and the loops are saved too; nothing is unpickled.
+            trainer.save_checkpoint(path, weights_only=False)
+        mark = module.marks.last
+        if path == self.last_path and mark is not None:
+            self._saved_mark = mark.serial
 
     def state_dict(self) -> dict[str, Any]:
         """The best score, which a resumed run has to reach, and the beta that was asked for."""
@@ -172,23 +187,6 @@ class IterationCheckpoint(Checkpoint):
         """Take back what `state_dict` gave."""
         self.best_score = state_dict["best_score"]
         self._saved_beta = state_dict["configured_beta"]
-
-
-def drop_open_window(trainer: L.Trainer) -> None:
-    """Take back the minibatches since the last optimizer step, whose gradients are lost.
-
-    A resume then begins with a whole accumulation window.
-
-    Args:
-        trainer: in fit, about to save and to stop.
-    """
-    progress = trainer.fit_loop.epoch_loop.batch_progress
-    kept = progress.current.completed
-    kept -= kept % trainer.accumulate_grad_batches
-    for name in ("ready", "started", "processed", "completed"):
-        num_dropped = getattr(progress.current, name) - kept
-        setattr(progress.current, name, kept)
-        setattr(progress.total, name, getattr(progress.total, name) - num_dropped)
 
 
 def is_last_batch(trainer: L.Trainer) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import lightning as L
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
@@ -84,6 +86,14 @@ class DynamicSampling(L.Callback):
             },
             batch_size=1,
         )
+
+    def state_dict(self) -> dict[str, Any]:
+        """How often in a row groups were missing."""
+        return {"num_short": self._num_short}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take back what `state_dict` gave."""
+        self._num_short = state_dict["num_short"]
 
     def _split(self, module: GRPOModule, rollout: Rollout) -> tuple[Rollout, Rollout]:
         """The groups whose judging rewards differ, and the others."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import lightning as L
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
@@ -26,6 +27,20 @@ class HealthWarnings(L.Callback):
         self._num_dead = 0
         self._was_truncated = False
         self._was_dead = False
+
+    def state_dict(self) -> dict[str, Any]:
+        """Which trouble has been told."""
+        return {
+            "num_dead": self._num_dead,
+            "was_dead": self._was_dead,
+            "was_truncated": self._was_truncated,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take back what `state_dict` gave."""
+        self._num_dead = state_dict["num_dead"]
+        self._was_dead = state_dict["was_dead"]
+        self._was_truncated = state_dict["was_truncated"]
 
     def on_minibatch_end(
         self, trainer: L.Trainer, module: GRPOModule, minibatch: Minibatch, output: MinibatchOutput

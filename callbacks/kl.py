@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import lightning as L
 import torch
@@ -90,6 +91,22 @@ class KLMonitor(L.Callback):
                     "policy and old policy are the same: raise replay.num_epochs or "
                     "replay.num_minibatches"
                 )
+
+    def state_dict(self) -> dict[str, Any]:
+        """What has been measured since the last iteration, and the rollbacks in a row."""
+        return {
+            "ref_kl": self._ref_kl,
+            "is_over": self._is_over,
+            "rollbacks_in_a_row": self._rollbacks_in_a_row,
+            "has_rolled_back": self._has_rolled_back,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take back what `state_dict` gave."""
+        self._ref_kl = state_dict["ref_kl"]
+        self._is_over = state_dict["is_over"]
+        self._rollbacks_in_a_row = state_dict["rollbacks_in_a_row"]
+        self._has_rolled_back = state_dict["has_rolled_back"]
 
     def on_minibatch_end(
         self, trainer: L.Trainer, module: GRPOModule, minibatch: Minibatch, output: MinibatchOutput

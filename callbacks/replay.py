@@ -9,17 +9,15 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from lightning_grpo.choices import settle_decoder, settle_old_logprobs, text_of
-from lightning_grpo.distributed import failing_together
 from lightning_grpo.hooks import call_hook
 from lightning_grpo.levelling import level_over_ranks
 from lightning_grpo.lifecycle import give_up_critic
 from lightning_grpo.loaders import Slot
-from lightning_grpo.masking import reduction_count
 from lightning_grpo.module import GRPOModule
-from lightning_grpo.replay import split_microbatches, split_minibatches
+from lightning_grpo.queue import ReplayShape, cut_rollout, make_minibatches
 from lightning_grpo.scoring import evaluating, score_rollout
 from lightning_grpo.stages import Stage
-from lightning_grpo.types import Minibatch, MinibatchOutput, Rollout, select_rows, to_device
+from lightning_grpo.types import MinibatchOutput, Rollout, to_device
 from lightning_grpo.value_loss import explained_variance
 
 UPDATES: dict[Stage, str] = {
@@ -69,6 +67,7 @@ class InnerEpochReplay(L.Callback):
     def on_train_start(self, trainer: L.Trainer, module: GRPOModule) -> None:
         """Refuse an epoch that would end inside an accumulation window."""
         self._has_told_choices = False
+        self._update_start = time.perf_counter()  # a run may be resumed in the middle
         window = trainer.accumulate_grad_batches
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
@@ -130,40 +129,18 @@ class InnerEpochReplay(L.Callback):
         """
         assert module.rollout is not None
         rollout = level_over_ranks(module, to_device(module.rollout, module.device))
-        iteration = module.counters.iterations
-        key = f"{module.settings.seed}/{iteration}"
-        with failing_together(module, "cutting the rollout into minibatches"):
-            rows = [
-                part
-                for epoch in range(self.num_epochs)
-                for part in split_minibatches(
-                    rollout, self.num_minibatches, shuffle_key=f"{key}/{epoch}"
-                )
-            ]
-        microbatches = cut_over_ranks(module, [select_rows(rollout, part) for part in rows])
+        shape = ReplayShape(self.num_epochs, self.num_minibatches)
+        cut = cut_rollout(module, rollout, shape)
         first_epoch = [
             part[micro]
-            for part, micros in zip(rows[: self.num_minibatches], microbatches, strict=False)
+            for part, micros in zip(cut.rows[: self.num_minibatches], cut.microbatches)
             for micro in micros
         ]
         rollout = self._with_reference(trainer, module, rollout, first_epoch)
         rollout = self._with_scores(trainer, module, rollout, first_epoch)
-        rollout = prepare(module, rollout)
-        module.rollout = rollout
-        parts = [select_rows(rollout, part) for part in rows]
+        module.rollout, module.replay_shape = prepare(module, rollout), shape
         window = trainer.accumulate_grad_batches
-        denominators = window_denominators(module, parts, window)
-        for index, part in enumerate(parts):
-            module.queue.append(
-                Minibatch(
-                    rollout=part,
-                    microbatches=microbatches[index],
-                    denominator=denominators[index // window],
-                    iteration=iteration,
-                    index=index,
-                    is_window_end=(index + 1) % window == 0,
-                )
-            )
+        module.queue.extend(make_minibatches(module, module.rollout, cut, window))
 
     def _with_reference(
         self,
@@ -260,59 +237,3 @@ def value_problem(module: GRPOModule, rollout: Rollout) -> str:
     is_fine = torch.isfinite(rollout.values.square()) | ~rollout.completion_mask
     num_bad = int(module.sum_over_ranks((~is_fine).sum()))
     return f"{num_bad} of its values are not finite" if num_bad else ""
-
-
-def cut_over_ranks(module: GRPOModule, parts: list[Rollout]) -> list[list[torch.Tensor]]:
-    """Cut minibatches into micro-batches, of which every rank makes the same number. Collective.
-
-    Args:
-        module: with its token budget and its ranks.
-        parts: the minibatches.
-
-    Returns:
-        Of each minibatch the rows of each forward; the last may be none, where a rank has fewer
-        groups than another has forwards.
-    """
-
-    def cut(num_parts: list[int]) -> list[list[torch.Tensor]]:
-        return [
-            split_microbatches(
-                part,
-                module.microbatch_tokens,
-                is_packed=module.policy.is_packing,
-                num_parts=number,
-            )
-            for part, number in zip(parts, num_parts, strict=True)
-        ]
-
-    microbatches = cut([1] * len(parts))
-    counts = [len(rows) for rows in microbatches]
-    found = module.max_over_ranks(torch.tensor(counts, dtype=torch.float64))
-    most = [int(count) for count in found.tolist()]
-    if most != counts:
-        microbatches = cut(most)
-    for rows, count in zip(microbatches, most, strict=True):
-        rows += [torch.zeros(0, dtype=torch.int64)] * (count - len(rows))
-    return microbatches
-
-
-def window_denominators(module: GRPOModule, parts: list[Rollout], window: int) -> list[float]:
-    """Counts that the loss of each optimizer step is divided by, over all ranks.
-
-    Args:
-        module: whose algorithm says what is counted.
-        parts: the minibatches in order.
-        window: minibatches per optimizer step.
-
-    Returns:
-        One count per step, at least 1.
-    """
-    num_max = module.settings.sampling.max_completion_tokens
-    counts = torch.stack(
-        [
-            reduction_count(part.action_mask, module.acting_algorithm.reduction, num_max).double()
-            for part in parts
-        ]
-    )
-    totals = module.sum_over_ranks(counts).reshape(-1, window).sum(dim=1)
-    return [max(total, 1.0) for total in totals.tolist()]

@@ -15,6 +15,7 @@ from lightning_grpo.hooks import pass_through_hook
 from lightning_grpo.loaders import Slot
 from lightning_grpo.module import GRPOModule
 from lightning_grpo.policy import eos_token_ids
+from lightning_grpo.resume.stopping import STOP
 from lightning_grpo.rollout import RolloutSettings, own_samplings
 from lightning_grpo.run_state import global_seed
 from lightning_grpo.scoring import evaluating
@@ -162,6 +163,9 @@ class RolloutGeneration(L.Callback):
             return
         if module.old_policy is not None:
             module.old_policy.refresh()
+        if module.rollout is not None:
+            return  # of a run that was stopped before the first step on it
+        module.marks.before_rollout(module)
         made = next_rollout(trainer, module)
         module.rollout = made.rollout
         module.log_dict(
@@ -204,7 +208,11 @@ def next_rollout(trainer: L.Trainer, module: GRPOModule, *, refill: int = 0) -> 
         prompts: PromptBatch = data.next_prompts()
         shift = refill * data.prompts_per_iteration if refill else 0
         prompts = replace(prompts, group_ids=[group + shift for group in prompts.group_ids])
-    with failing_together(module, "generating completions"):
+    is_alone = module.device_mesh is None
+    with (
+        failing_together(module, "generating completions"),
+        STOP.at_once(is_possible=is_alone),
+    ):
         module.phase.enter("generating", len(prompts) * module.settings.group_size)
         with evaluating(module.policy), trainer.precision_plugin.forward_context():
             rollout = module.make_rollout(prompts, is_training=True)

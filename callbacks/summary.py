@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lightning_grpo.callbacks.validation import ValidateAtEnds
+from lightning_grpo.checkpoint_paths import checkpoints_in
 from lightning_grpo.module import GRPOModule
 
 
@@ -95,6 +96,6 @@ def file_lines(run_dir: Path) -> list[str]:
         lines.append(f"  curves      tensorboard --logdir {run_dir}")
     if (run_dir / "config.yaml").exists():
         lines.append(f"  config      {run_dir / 'config.yaml'}")
-    for path in sorted((run_dir / "checkpoints").glob("*.ckpt")):
+    for path in checkpoints_in(run_dir):
         lines.append(f"  checkpoint  {path}")
     return lines

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Callable
 from typing import Any, Literal
 
 import lightning as L
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
-from torch import Tensor
 
 from lightning_grpo.algorithms import PPO
 from lightning_grpo.critic import check_reward_model
 from lightning_grpo.distributed import failing_together
 from lightning_grpo.evidence import Evidence, measure_evidence
+from lightning_grpo.json_lines import JsonLines
 from lightning_grpo.lifecycle import enter_stage, give_up_critic
 from lightning_grpo.loaders import Slot
 from lightning_grpo.module import GRPOModule
+from lightning_grpo.snapshot import interrupts_deferred
 from lightning_grpo.stages import Stage, has_critic, is_ppo
 from lightning_grpo.switching import Decision, SwitchOptions, SwitchState, decide, enter, restored
 from lightning_grpo.types import Minibatch, MinibatchOutput, Rollout
@@ -92,12 +92,15 @@ class AlgorithmSwitch(L.Callback):
         self._reason = ""
         self._evidence_text = ""
         self._evidence_numbers: dict[str, float] = {}
-        self._sampled: tuple[Tensor, Tensor] | None = None
+        self._sampled: dict[str, Any] | None = None
+        self._notes = JsonLines("switches.jsonl")
 
     def setup(self, trainer: L.Trainer, module: GRPOModule, stage: str) -> None:
         """Check that what may come up can work, and say what the run begins with."""
         if stage != "fit":
             return
+        self._sampled = None
+        self._notes.begin()
         critic = module.critic_settings
         if critic is not None:
             num_warmup = critic.num_warmup_iterations
@@ -124,24 +127,33 @@ class AlgorithmSwitch(L.Callback):
     def on_train_start(self, trainer: L.Trainer, module: GRPOModule) -> None:
         """Note the stage, after a checkpoint was loaded."""
         self._stage = module.stage
-        self._sampled = None
 
     def on_rewards_end(self, trainer: L.Trainer, module: GRPOModule, rollout: Rollout) -> None:
         """Keep the rewards of what was sampled first, before groups are dropped or replaced."""
-        if self._sampled is None and rollout.rewards is not None:
-            self._sampled = (rollout.rewards, rollout.group_ids)
+        iteration = module.counters.iterations
+        has_any = self._sampled is not None and self._sampled["iteration"] == iteration
+        if not has_any and rollout.rewards is not None:
+            self._sampled = {
+                "iteration": iteration,
+                "rewards": module.gather_rows(rollout.rewards),
+                "group_ids": module.gather_rows(rollout.group_ids).long(),
+            }
 
     def on_train_batch_start(
         self, trainer: L.Trainer, module: GRPOModule, batch: Slot, batch_idx: int
     ) -> None:
         """Carry out between two rollouts what was decided."""
+        if trainer.is_global_zero:
+            self._notes.cut(module.run_dir)
         if module.queue:
             return
-        if module.critic_failure is not None:
-            self._note_failure(module, module.counters.iterations)
-        if self.next_stage is not None and self.next_stage != module.stage:
-            self._switch(module, self.next_stage)
-        self.next_stage = None
+        with interrupts_deferred():  # from the critic that was made to the mark that knows of it
+            if module.critic_failure is not None:
+                self._note_failure(module, module.counters.iterations)
+            if self.next_stage is not None and self.next_stage != module.stage:
+                self._switch(module, self.next_stage)
+            self.next_stage = None
+            module.marks.after_rollout(module)
 
     def on_minibatch_end(
         self, trainer: L.Trainer, module: GRPOModule, minibatch: Minibatch, output: MinibatchOutput
@@ -178,7 +190,8 @@ class AlgorithmSwitch(L.Callback):
         """The evidence of an iteration, over all ranks."""
         assert rollout.rewards is not None
         sampled, self._sampled = self._sampled, None
-        rewards, group_ids = sampled or (rollout.rewards, rollout.group_ids)
+        assert sampled is not None
+        group_ids = module.gather_rows(rollout.group_ids).long()
         baseline_rewards, values = rollout.rewards, None
         if rollout.values is not None:
             baseline_rewards, values = module.ppo.at_prompt(rollout, beta=module.reward_beta)
@@ -186,10 +199,10 @@ class AlgorithmSwitch(L.Callback):
         return measure_evidence(
             iteration=module.counters.iterations - 1,
             stage=module.stage,
-            rewards=module.gather_rows(rewards),
-            group_ids=module.gather_rows(group_ids).long(),
+            rewards=sampled["rewards"],
+            group_ids=sampled["group_ids"],
             baseline_rewards=module.gather_rows(baseline_rewards),
-            baseline_group_ids=module.gather_rows(rollout.group_ids).long(),
+            baseline_group_ids=group_ids,
             prompt_values=None if values is None else module.gather_rows(values),
             value_explained_var=None if values is None or explained is None else float(explained),
         )
@@ -222,9 +235,7 @@ class AlgorithmSwitch(L.Callback):
             entry: dict[str, Any] = {"iteration": number, "from": before, "to": stage}
             entry["reason"] = self._reason
             entry["evidence"] = self._evidence_numbers
-            module.run_dir.mkdir(parents=True, exist_ok=True)
-            with (module.run_dir / "switches.jsonl").open("a", encoding="utf-8") as stream:
-                stream.write(json.dumps(entry) + "\n")
+            self._notes.append(module.run_dir, entry)
 
     def state_dict(self) -> dict[str, Any]:
         """What was decided and not carried out yet, and the counters behind it."""
@@ -234,6 +245,8 @@ class AlgorithmSwitch(L.Callback):
             "reason": self._reason,
             "evidence_text": self._evidence_text,
             "evidence_numbers": self._evidence_numbers,
+            "sampled": self._sampled,
+            "num_notes": self._notes.num_lines,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -242,6 +255,8 @@ class AlgorithmSwitch(L.Callback):
         self.next_stage, self._reason = state_dict["next_stage"], state_dict["reason"]
         self._evidence_text = state_dict["evidence_text"]
         self._evidence_numbers = state_dict["evidence_numbers"]
+        self._sampled = state_dict["sampled"]
+        self._notes.resume(state_dict["num_notes"])
 
 
 def forget_metrics(trainer: L.Trainer, prefix: str) -> None:

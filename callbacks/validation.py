@@ -7,6 +7,7 @@ import time
 import lightning as L
 
 from lightning_grpo.module import GRPOModule
+from lightning_grpo.resume.places import validate_now
 
 
 class ValidateAtEnds(L.Callback):
@@ -27,7 +28,7 @@ class ValidateAtEnds(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, module: GRPOModule) -> None:
         """Measure the policy that reinforcement learning starts from."""
-        if self.at_start and trainer.global_step == 0:
+        if self.at_start and trainer.global_step == 0 and not self.results:
             validate_now(trainer, module)
 
     def on_validation_start(self, trainer: L.Trainer, module: GRPOModule) -> None:
@@ -58,24 +59,3 @@ class ValidateAtEnds(L.Callback):
     def load_state_dict(self, state_dict: dict[str, object]) -> None:
         """Take back the results of the run that is resumed."""
         self.results = [(step, dict(m)) for step, m in state_dict["results"]]  # type: ignore[attr-defined]
-
-
-def validate_now(trainer: L.Trainer, module: GRPOModule) -> None:
-    """Run fit's own validation loop between steps, as Lightning does inside an epoch.
-
-    Args:
-        trainer: in fit.
-        module: whose policy is measured.
-    """
-    if not trainer.enable_validation or trainer.fast_dev_run:  # type: ignore[attr-defined]
-        return
-    loop = trainer.fit_loop.epoch_loop.val_loop
-    connector = trainer._logger_connector
-    first_loop_iter = connector._first_loop_iter
-    trainer.validating = True
-    try:
-        loop.run()
-    finally:
-        trainer.training = True
-        connector._first_loop_iter = first_loop_iter
-    module.policy.train()

@@ -9,6 +9,7 @@ import torch
 from lightning_grpo.choices import settle_forwards
 from lightning_grpo.policy import load_policy
 from lightning_grpo.reference import Reference, frozen_reference_hash
+from lightning_grpo.resume.fingerprints import fingerprints_of
 from lightning_grpo.sharding import check_mesh, shard_policy
 from lightning_grpo.snapshot import WeightSnapshot
 
@@ -29,6 +30,7 @@ def make_policy(module: GRPOModule) -> None:
             module.name_or_path, num_tokens=len(module.tokenizer), **module.load_options
         )
     module.strict_loading = not policy.is_lora
+    module.fingerprints = fingerprints_of(policy, module.tokenizer)
     is_fitting = module.trainer.state.fn == "fit"
     if is_fitting:
         settle_forwards(module, policy)

@@ -14,6 +14,7 @@ import torch
 from jsonargparse import lazy_instance
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from lightning_grpo.algorithms import GRPO
 from lightning_grpo.callbacks import (
@@ -32,6 +33,7 @@ from lightning_grpo.callbacks import (
     SampleTable,
     ValidateAtEnds,
 )
+from lightning_grpo.checkpoint_paths import run_dir_of
 from lightning_grpo.console import (
     TRACEBACK_VARIABLE,
     error_text,
@@ -49,9 +51,8 @@ from lightning_grpo.run_files import (
     find_checkpoint,
     newest_config,
     remove_if_nothing_ran,
-    run_dir_of,
+    resume_point,
     run_loggers,
-    saved_step,
 )
 from lightning_grpo.tool_commands import TOOLS, run_tool
 
@@ -120,16 +121,28 @@ class GRPOCLI(LightningCLI):
         run = Run(**config.run.as_dict())
         if run.num_threads is not None:
             torch.set_num_threads(run.num_threads)
-        checkpoint = find_checkpoint(config.ckpt_path, run) if config.ckpt_path else None
+        checkpoint = self._find_checkpoint(config.ckpt_path, run)
         is_resume = checkpoint is not None and self.subcommand == "fit"
         self.run_dir = choose_run_dir(run, checkpoint)
         self.is_new_dir = not self.run_dir.exists()
-        self.resume_step = saved_step(checkpoint) if checkpoint and is_resume else None
-        if checkpoint is not None:
-            config.ckpt_path = str(checkpoint)
+        self.resume = resume_point(checkpoint) if checkpoint and is_resume else None
+        config.ckpt_path = checkpoint
         self.save_config_kwargs["config_filename"] = config_file_name(self.run_dir)
         if self.subcommand != "fit":
             self.save_config_callback = None
+
+    def _find_checkpoint(self, ckpt_path: str | None, run: Run) -> str | None:
+        if not ckpt_path:
+            return None
+        found = find_checkpoint(ckpt_path, run)
+        if found is None:
+            message = f"--ckpt_path {ckpt_path}: no run in {Path(run.root_dir) / run.name} has any"
+            if self.subcommand != "fit":
+                raise ValueError(message)
+            rank_zero_info(f"{message}: a new run begins")
+        elif ckpt_path == "auto":
+            rank_zero_info(f"--ckpt_path {ckpt_path}: {found}")
+        return found
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """Make the Trainer with our loggers and progress bar, where none are asked for."""
@@ -163,12 +176,12 @@ class GRPOCLI(LightningCLI):
         # train is none.
         if self.is_new_dir:
             remove_if_nothing_ran(self.run_dir)
-        elif self.resume_step is not None and self.trainer.global_step <= self.resume_step:
+        elif self.resume is not None and self.trainer.global_step <= self.resume.step:
             (self.run_dir / self.save_config_kwargs["config_filename"]).unlink(missing_ok=True)
 
     def _loggers(self) -> list[Any]:
         if self.subcommand == "fit":
-            return run_loggers(self.run_dir, self.resume_step)
+            return run_loggers(self.run_dir, self.resume)
         # Measuring a checkpoint must not touch the curves of the run that made it.
         return run_loggers(self.run_dir / str(self.subcommand), None)[1:]
 
@@ -203,7 +216,8 @@ def _implied_config(args: Sequence[str]) -> Path | None:
         return quickstart if args[0] == "fit" else None
     root_dir, name = (_value_of(f"--run.{option}", args) for option in ("root_dir", "name"))
     run = Run(root_dir or Run.root_dir, name or "quickstart")
-    run_dir = run_dir_of(find_checkpoint(ckpt_path, run))
+    checkpoint = find_checkpoint(ckpt_path, run)
+    run_dir = run_dir_of(checkpoint) if checkpoint is not None else None
     return (newest_config(run_dir) if run_dir is not None else None) or quickstart
 
 

@@ -270,18 +270,28 @@ class PromptDataModule(LightningDataModule):
             state_dict: of `state_dict`.
 
         Raises:
-            ValueError: the checkpoint was made with other training prompts or another order.
+            ValueError: the checkpoint was made with other training prompts or another order, and
+                checkpoint.force_resume is not set.
         """
-        if self._attached_trainer().state.fn != TrainerFn.FITTING:
+        trainer = self._attached_trainer()
+        if trainer.state.fn != TrainerFn.FITTING:
             return
+        is_forced = getattr(trainer.lightning_module, "force_resume", False)
         for option, value in self._order_fingerprint().items():
-            if state_dict[option] != value:
-                raise ValueError(
-                    f"the checkpoint was made with other training prompts: {option} was "
-                    f"{state_dict[option]}, and is {value} with the present data.* options. "
-                    "Resume with the options and the data of the first run, or start a new run "
-                    "from the weights"
+            if state_dict[option] == value:
+                continue
+            if is_forced:
+                rank_zero_info(
+                    "data.train_data: not the prompts, or not in the order, of the checkpoint; "
+                    "they begin at the first (checkpoint.force_resume)"
                 )
+                return
+            raise ValueError(
+                f"the checkpoint was made with other training prompts: {option} was "
+                f"{state_dict[option]}, and is {value} with the present data.* options. "
+                "Resume with the options and the data of the first run, start a new run from the "
+                "weights, or set checkpoint.force_resume if the change is meant"
+            )
         stream = self._fit_stream()
         stream.epoch, stream.index = state_dict["epoch"], state_dict["index"]
 

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import signal
 from collections.abc import Iterator
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from lightning_grpo.resume.stopping import STOP, LeftAtOnce
 from lightning_grpo.types import SumOverRanks
 
 
 class TrainingStopped(RuntimeError):
     """A run that cannot go on, with all that its user needs to know; the same on every rank."""
+
+    is_on_all_ranks = True
 
 
 class HasSum(Protocol):
@@ -26,9 +30,10 @@ class HasSum(Protocol):
 
 @contextlib.contextmanager
 def failing_together(module: HasSum, what: str) -> Iterator[None]:
-    """Raise on every rank when the block raised on any.
+    """Raise on every rank when the block raised on any, or when a signal asked any to stop.
 
     Every rank has to enter it, and the block must not contain an exchange between the ranks.
+    What is raised has `is_on_all_ranks` set.
 
     Args:
         module: adds over the ranks.
@@ -36,17 +41,27 @@ def failing_together(module: HasSum, what: str) -> Iterator[None]:
 
     Raises:
         RuntimeError: another rank failed; it shows the cause.
+        SIGTERMException: a rank was asked to stop.
+        KeyboardInterrupt: the same, by a Ctrl-C on one of several ranks.
     """
     error: Exception | None = None
     try:
         yield
+    except LeftAtOnce:
+        pass
     except Exception as caught:  # whatever it is, the others have to hear of it before it goes on
         error = caught
-    num_failed = module.sum_over_ranks(torch.tensor(0.0 if error is None else 1.0))
+    asked = STOP.signal
+    told = torch.tensor([error is not None, asked == signal.SIGTERM, asked == signal.SIGINT])
+    num_failed, num_terminated, num_interrupted = module.sum_over_ranks(told.double()).tolist()
+    if num_failed and error is None:
+        error = RuntimeError(f"another rank failed while {what}; its own output has the cause")
     if error is not None:
+        with contextlib.suppress(AttributeError):  # of an exception with slots
+            error.is_on_all_ranks = True  # type: ignore[attr-defined]
         raise error
-    if float(num_failed) > 0:
-        raise RuntimeError(f"another rank failed while {what}; its own output has the cause")
+    if num_terminated or num_interrupted:
+        STOP.stop_together(int(signal.SIGTERM if num_terminated else signal.SIGINT))
 
 
 def gather_rows(values: Tensor, rank: int, num_ranks: int, sum_over_ranks: SumOverRanks) -> Tensor:

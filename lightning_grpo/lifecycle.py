@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -174,7 +173,7 @@ def wrap_again(strategy: Strategy) -> None:
     strategy.configure_ddp()
 
 
-def call_before_loading(strategy: Strategy, prepare: Callable[[str | Path], None]) -> None:
+def call_before_loading(strategy: Strategy, prepare: Callable[[str], None]) -> None:
     """Call a function with the path of a checkpoint before its weights are loaded.
 
     FSDP2 loads weights and moments before any hook of Lightning has seen the checkpoint, and they
@@ -188,7 +187,7 @@ def call_before_loading(strategy: Strategy, prepare: Callable[[str | Path], None
     load = strategy.load_checkpoint
 
     def load_checkpoint(checkpoint_path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        prepare(checkpoint_path)
+        prepare(str(checkpoint_path))
         return load(checkpoint_path, *args, **kwargs)
 
     strategy.load_checkpoint = load_checkpoint  # type: ignore[method-assign]

@@ -50,7 +50,13 @@ from lightning_grpo.optimization import (
 from lightning_grpo.packing_check import Packing
 from lightning_grpo.paths import resolve_package_path
 from lightning_grpo.policy import Dtype, Policy, eos_token_ids
+from lightning_grpo.queue import ReplayShape
 from lightning_grpo.reference import Reference, settle_reference
+from lightning_grpo.resume.going_on import go_on
+from lightning_grpo.resume.marks import Marks
+from lightning_grpo.resume.places import count_steps, let_run_begin
+from lightning_grpo.resume.stopping import STOP
+from lightning_grpo.resume.writing import write_mark
 from lightning_grpo.rewards import EarlyScores, Scorer, Scores
 from lightning_grpo.rollout import RolloutSettings, collect_rollout
 from lightning_grpo.run_state import Counters, Phase
@@ -116,7 +122,10 @@ class GRPOModule(L.LightningModule):
     """Critics that were freed because they gave no finite numbers."""
     is_forward_settled: bool = False
     """Whether the policy forwards as it will in a fit."""
+    force_resume: bool = False
+    """Resume although model, tokenizer or data are not those of the checkpoint."""
     _is_ready_to_fit: bool = False
+    _num_taken: int = 0
     may_use_critic: bool = True
     """Whether PPO can come up at all in this run."""
     num_critic_warmup_iterations: int = 0
@@ -195,6 +204,7 @@ class GRPOModule(L.LightningModule):
         self.reference: Reference | None = None
         self.old_policy: WeightSnapshot | None = None
         self.reference_record: dict[str, str] = {}
+        self.fingerprints: dict[str, str] = {}
 
         # Set by the callbacks before the run starts.
         self.rollout_settings: RolloutSettings | None = None
@@ -204,6 +214,8 @@ class GRPOModule(L.LightningModule):
         # The state of the run.
         self.rollout: Rollout | None = None
         self.queue: deque[Minibatch] = deque()
+        self.replay_shape: ReplayShape | None = None
+        self.marks = Marks()
         self.counters = Counters()
         self.phase = Phase()
         self.minibatch_metrics: dict[str, float] = {}
@@ -217,6 +229,7 @@ class GRPOModule(L.LightningModule):
         refuse_unsupported(self.trainer, stage)
         if stage == "fit":
             settle_memory(self, self.trainer)
+            self.marks.begin()
             if self.check_memory:
                 refuse_what_cannot_fit(self, self.trainer)
             call_before_loading(self.trainer.strategy, self._make_room_for)
@@ -232,7 +245,7 @@ class GRPOModule(L.LightningModule):
                 self._is_ready_to_fit = True
             enter_stage(self, self.stage)
 
-    def _make_room_for(self, path: str | Path) -> None:
+    def _make_room_for(self, path: str) -> None:
         """Do as the run of a checkpoint did, and make or free the critic: weights come next."""
         if self.trainer.state.fn != "fit":
             return
@@ -269,7 +282,11 @@ class GRPOModule(L.LightningModule):
         warn_of_idle_kl(algorithms, self.loss_beta)
 
     def on_train_start(self) -> None:
-        """Settle the reference, after a checkpoint was loaded or a cold start was made."""
+        """Settle the reference, and go on from the place of a checkpoint."""
+        self._settle_reference()
+        go_on(self)
+
+    def _settle_reference(self) -> None:
         if self.reference is None:
             return
         is_dry_run = self.trainer.fast_dev_run  # type: ignore[attr-defined]
@@ -277,9 +294,12 @@ class GRPOModule(L.LightningModule):
             if self.is_cold_started:
                 self.reference.retake()
             return  # such a run leaves no files
+        record = self.reference_record
+        if self.force_resume and not record.get("folder"):
+            record = {}  # the base model may be another one, and its weights the reference
         self.reference_record = settle_reference(
             self.reference,
-            self.reference_record,
+            record,
             folder=self.run_dir / "reference",
             initial_hash=self.initial_hash,
             origin="cold_start" if self.is_cold_started else self.init,
@@ -288,6 +308,11 @@ class GRPOModule(L.LightningModule):
         )
 
     # One minibatch
+
+    def on_train_batch_start(self, batch: Slot, batch_idx: int) -> None:
+        """Mark the queue, when it is new: see resume/marks.py."""
+        count_steps(self.trainer)
+        self.marks.before_update(self, batch.minibatch)
 
     def training_step(self, slot: Slot, batch_idx: int) -> Tensor:
         """Turn the minibatch in the slot into a loss.
@@ -299,6 +324,7 @@ class GRPOModule(L.LightningModule):
         if minibatch is None:
             raise RuntimeError(NO_CALLBACKS.format(what="a minibatch"))
         sums = MetricSums()
+        self._num_taken = minibatch.index + 1
         for rows in minibatch.microbatches[:-1]:
             loss = self._scaled_loss(minibatch, rows, sums)
             self.trainer.strategy.backward(loss, self.trainer.optimizers[0])
@@ -351,6 +377,7 @@ class GRPOModule(L.LightningModule):
         if self.is_step_skipped:
             # None and not zero: AdamW moves weights on a zero gradient too.
             optimizer.zero_grad(set_to_none=True)
+        self.marks.before_step()
 
     def configure_gradient_clipping(
         self,
@@ -386,9 +413,19 @@ class GRPOModule(L.LightningModule):
         """Do nothing: Lightning calls this after micro-batches have had their backward."""
 
     def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
-        """Step the schedule with every step that the policy made."""
+        """Step the schedule with every step that the policy made, and mark the step."""
         if not self.is_step_skipped and moves_policy(self.stage):
             super().lr_scheduler_step(scheduler, metric)
+        self.marks.after_step(self, self._num_taken)
+
+    def on_train_batch_end(self, outputs: Any, batch: Slot, batch_idx: int) -> None:
+        """Mark the end of the batch, and stop here if a signal has asked for it."""
+        self.marks.after_batch(self)
+        STOP.check(self)
+
+    def on_validation_end(self) -> None:
+        """Mark what a validation has changed."""
+        self.marks.after_validation(self)
 
     # Completions
 
@@ -475,7 +512,9 @@ class GRPOModule(L.LightningModule):
 
     def _evaluate(self, prompts: PromptBatch, metrics: MetricCollection, phase: str) -> None:
         self.phase.enter(phase)
-        rollout = self.make_rollout(prompts, is_training=False)
+        is_alone = self.device_mesh is None
+        with failing_together(self, "completing prompts"), STOP.at_once(is_possible=is_alone):
+            rollout = self.make_rollout(prompts, is_training=False)
         with failing_together(self, "scoring completions"):
             scores = self.score(rollout)
             successes = self.judge.successes(scores.function_rewards) if len(rollout) else []
@@ -577,8 +616,11 @@ class GRPOModule(L.LightningModule):
         return gather_rows(values, self.global_rank, self.num_ranks, self.sum_over_ranks)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add counters, beta, stage and what is known of the reference."""
-        checkpoint[KEY] = record_of(self)
+        """Let the checkpoint be that of the last mark, with our counters and all else."""
+        if self.trainer.state.fn == "fit" and "callbacks" in checkpoint and self.marks.last:
+            write_mark(self, checkpoint)
+        else:
+            checkpoint[KEY] = record_of(self)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take back what `on_save_checkpoint` added; to measure a policy, leave its critic out."""
@@ -586,6 +628,9 @@ class GRPOModule(L.LightningModule):
         self.queue.clear()
         self.rollout = None
         if self.trainer.state.fn == "fit":
+            if "mark" in checkpoint[KEY]:
+                self.marks.resume_from = checkpoint[KEY]["mark"]
+                let_run_begin(self.trainer, checkpoint["loops"])
             return
         self.choices = Choices(**checkpoint[KEY]["choices"])
         if "state_dict" in checkpoint:

@@ -95,10 +95,11 @@ def row_is_finite(per_token: Tensor, mask: Tensor) -> Tensor:
 def write_rows(
     path: Path, parts: Sequence[tuple[Rollout, Tensor]], *, reason: str, only_bad: bool
 ) -> int:
-    """Append the rows behind a skipped step to a JSONL file.
+    """Write the rows behind a skipped step to a JSONL file.
 
     Args:
-        path: the file; it and its folder are made when there is a row.
+        path: the file; it and its folder are made when there is a row. A run that is resumed
+            before this step writes it again.
         parts: micro-batches with (B,) bool of `row_is_finite`.
         reason: what was not finite.
         only_bad: leave out the rows that are finite. Rows that count nothing are never written.
@@ -116,7 +117,7 @@ def write_rows(
         return 0
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a", encoding="utf-8") as file:
+        with path.open("w", encoding="utf-8") as file:
             file.writelines(lines)
     except OSError as error:  # one rank must not stop alone, while the others go on
         warnings.warn(f"{path} cannot be written: {error}", stacklevel=2)

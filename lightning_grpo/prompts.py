@@ -69,10 +69,17 @@ class PromptSet:
         )
 
     def sha256(self) -> str:
-        """Return the hash of the rendered prompts in their order."""
+        """Return the hash of the rendered prompts and their columns, in their order.
+
+        Objects in a column (images, dates) count by their type only.
+        """
         digest = hashlib.sha256()
-        for prompt in self.prompts:
-            digest.update(json.dumps(prompt, sort_keys=True, default=str).encode() + b"\n")
+        names = sorted(self.columns)
+        for row, prompt in enumerate(self.prompts):
+            content = [prompt, *(self.columns[name][row] for name in names)]
+            text = json.dumps(content, skipkeys=True, default=lambda value: type(value).__name__)
+            digest.update(text.encode() + b"\n")
+        digest.update(json.dumps(names).encode())
         return digest.hexdigest()
 
 

@@ -12,11 +12,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from lightning_grpo.distributed import HasSum, failing_together
 from lightning_grpo.policy import Policy
-from lightning_grpo.snapshot import WeightSnapshot, local_weights
+from lightning_grpo.snapshot import WeightSnapshot
 
 _FILE_NAME = "reference.safetensors"
 
@@ -147,16 +146,8 @@ def place_reference(reference: Reference, state: dict[str, Tensor]) -> None:
         reference: gets the weights.
         state: name -> full tensor.
     """
-    policy = reference.policy
-    snapshot = reference.snapshot or WeightSnapshot(policy)
-    parameters: dict[str, Any] = dict(policy.named_parameters())
-    for name in local_weights(policy):
-        full = state[name]
-        parameter = parameters[name]
-        if isinstance(parameter, DTensor):
-            full = full.to(parameter.device)
-            full = distribute_tensor(full, parameter.device_mesh, parameter.placements).to_local()
-        snapshot.copies[name].copy_(full)
+    snapshot = reference.snapshot or WeightSnapshot(reference.policy)
+    snapshot.put(state)
     reference.snapshot = snapshot
 
 

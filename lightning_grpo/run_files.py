@@ -11,9 +11,18 @@ from typing import Any
 
 from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
 
-from lightning_grpo.saved_run import read_checkpoint
+from lightning_grpo.checkpoint_paths import (
+    checkpoint_dir,
+    checkpoints_in,
+    is_there,
+    named_checkpoint,
+    problem_with,
+    run_dir_of,
+    saved_at,
+)
+from lightning_grpo.saved_run import KEY, read_checkpoint
 
 
 @dataclass
@@ -50,44 +59,96 @@ class Run:
         return Path(self.root_dir) / self.name / f"version_{number}"
 
 
-def find_checkpoint(ckpt_path: str, run: Run) -> Path:
+def find_checkpoint(ckpt_path: str, run: Run) -> str | None:
     """The checkpoint that `--ckpt_path` names.
 
     Args:
-        ckpt_path: "last" or "best" of the newest run that has one, or a path.
+        ckpt_path: "last" or "best" of the newest run that has one; "auto" for the newest that is
+            whole of the newest run that has any; or a path or URL.
         run: where runs of this name are.
 
     Returns:
-        An existing path.
+        Path or URL of a checkpoint that can be read. None for "auto" when no run of this name has
+        a checkpoint yet.
 
     Raises:
-        ValueError: there is none; a run never starts from scratch instead.
+        ValueError: there is none, or it cannot be read; a run never starts from scratch instead.
     """
+    if ckpt_path == "auto":
+        return newest_checkpoint(run)
+    path = ckpt_path
     if ckpt_path in ("last", "best"):
-        for version in reversed(run.versions()):
-            path = version / "checkpoints" / f"{ckpt_path}.ckpt"
-            if path.exists():
-                return path
-        folder = Path(run.root_dir) / run.name
-        raise ValueError(f"--ckpt_path {ckpt_path}: no run in {folder} has a {ckpt_path}.ckpt")
-    path = Path(ckpt_path)
-    if not path.exists():
+        paths = [named_checkpoint(checkpoint_dir(v), ckpt_path) for v in reversed(run.versions())]
+        path = next((str(path) for path in paths if path.exists()), "")
+        if not path:
+            raise ValueError(
+                f"--ckpt_path {ckpt_path}: no run in {Path(run.root_dir) / run.name} has a "
+                f"{named_checkpoint(Path(), ckpt_path)}"
+            )
+    elif not is_there(path):
         raise ValueError(f"--ckpt_path {ckpt_path}: there is no such file or folder")
+    problem = problem_with(path)
+    if problem:
+        raise ValueError(
+            f"--ckpt_path {ckpt_path}: {path} cannot be read ({problem}); --ckpt_path auto takes "
+            "the newest that can"
+        )
     return path
 
 
-def run_dir_of(checkpoint: Path) -> Path | None:
-    """The run's folder that a checkpoint lies in; None when it lies somewhere else."""
-    folder = checkpoint.parent if checkpoint.parent.name else checkpoint.absolute().parent
-    return folder.parent if folder.name == "checkpoints" else None
+def newest_checkpoint(run: Run) -> str | None:
+    """The newest whole checkpoint of the newest run that has any; broken ones are warned of.
+
+    Args:
+        run: where runs of this name are.
+
+    Returns:
+        Its path; None when no run of this name has a checkpoint.
+
+    Raises:
+        ValueError: the newest run that has checkpoints has only broken ones.
+    """
+    found = next((found for v in reversed(run.versions()) if (found := checkpoints_in(v))), [])
+    problems = {str(path): problem_with(str(path)) for path in found}
+    whole = [path for path, problem in problems.items() if not problem]
+    broken = [f"{path} cannot be read ({problem})" for path, problem in problems.items() if problem]
+    if broken and not whole:
+        raise ValueError(f"--ckpt_path auto: {'; '.join(broken)}")
+    for message in broken:
+        rank_zero_warn(f"--ckpt_path auto: {message}, and is left out")
+    return max(whole, key=saved_at, default=None)
 
 
-def saved_step(checkpoint: Path) -> int:
-    """Optimizer steps, skipped ones included, that a checkpoint has behind it."""
-    return int(read_checkpoint(checkpoint)["global_step"])
+@dataclass(frozen=True)
+class ResumePoint:
+    """What the files of a run hold at the moment its checkpoint is of."""
+
+    step: int
+    """Optimizer steps, skipped ones included."""
+    num_rows: int | None = None
+    """Rows of metrics.csv; None where the checkpoint does not say."""
+    purge_step: int = 0
+    """Entries of TensorBoard of this step and later ones are made again."""
 
 
-def choose_run_dir(run: Run, resume_from: Path | None) -> Path:
+def resume_point(checkpoint: str) -> ResumePoint:
+    """Read from a checkpoint what a resume keeps of the run's files.
+
+    Args:
+        checkpoint: path or URL.
+    """
+    content = read_checkpoint(checkpoint)
+    step, mark = int(content["global_step"]), content[KEY].get("mark")
+    if mark is None:
+        return ResumePoint(step, None, step)
+    num_rows = mark["num_rows"]
+    if num_rows is not None:
+        num_rows += mark["is_row_due"]
+    # Samples of a rollout that is kept have been shown as of the step that comes next.
+    return ResumePoint(step, num_rows, step + (mark["point"] in ("rollout", "queue")))
+
+
+def choose_run_dir(run: Run, resume_from: str | None) -> Path:
     """The folder this process writes to: a resumed run's own, or a new one.
 
     Rank 0 decides: all others write to `trainer.log_dir`, which is rank 0's.
@@ -122,39 +183,41 @@ def _num_resumes(run_dir: Path) -> int:
     return max((int(number) for number in stems if number.isdigit()), default=0)
 
 
-def run_loggers(run_dir: Path, resume_step: int | None) -> list[Any]:
+def run_loggers(run_dir: Path, resume: ResumePoint | None) -> list[Any]:
     """TensorBoard and CSV in one folder, going on where a resumed run stands.
 
     Args:
         run_dir: <root>/<name>/version_<k>.
-        resume_step: the step that is resumed; None for a new run.
+        resume: where the run is resumed; None for a new run.
 
     Returns:
         The two loggers.
     """
     place: dict[str, Any] = {"name": run_dir.parent.name, "version": run_dir.name}
     root = str(run_dir.parent.parent)
-    purge: dict[str, Any] = {} if resume_step is None else {"purge_step": resume_step}
+    purge: dict[str, Any] = {} if resume is None else {"purge_step": resume.purge_step}
     return [
         TensorBoardLogger(root, default_hp_metric=False, **place, **purge),
-        ResumableCSVLogger(root, flush_logs_every_n_steps=1, resume_step=resume_step, **place),
+        ResumableCSVLogger(root, flush_logs_every_n_steps=1, resume=resume, **place),
     ]
 
 
 class ResumableCSVLogger(CSVLogger):
-    """A CSVLogger that keeps the rows of a run it resumes, up to the resumed step.
+    """A CSVLogger that keeps the rows of a run it resumes, and counts them.
 
     Lightning's own deletes the file when it finds one.
 
     Args:
         *args: of CSVLogger.
-        resume_step: rows of this step and later ones are dropped; None for a new run.
+        resume: later rows than its own are dropped; None for a new run.
         **kwargs: of CSVLogger.
     """
 
-    def __init__(self, *args: Any, resume_step: int | None = None, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, resume: ResumePoint | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.resume_step = resume_step
+        self.resume = resume
+        self.num_rows = 0
+        """Rows of the run so far; 0 on all ranks but the first."""
 
     @property
     @rank_zero_experiment
@@ -163,41 +226,55 @@ class ResumableCSVLogger(CSVLogger):
         if self._experiment is not None:
             return self._experiment
         file = Path(self.log_dir) / "metrics.csv"
-        content = file.read_bytes() if self.resume_step is not None and file.exists() else None
+        content = file.read_bytes() if self.resume is not None and file.exists() else None
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Experiment logs directory")
             writer = CSVLogger.experiment.fget(self)  # type: ignore[attr-defined]
-        if content is not None:
+        if content is not None and self.resume is not None:
             file.write_bytes(content)
+            self.num_rows = len(kept_rows(file, self.resume)[1])
         else:
-            self.resume_step = None
+            self.resume = None
         return writer
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
         """Write a row; before the first one, drop the rows that the resumed run makes again."""
         writer = self.experiment
-        if self.resume_step is not None:
+        if self.resume is not None:
             # Only now: a resume that fails to start must not cost rows.
-            writer.metrics_keys = cut_rows(Path(self.log_dir) / "metrics.csv", self.resume_step)
-            self.resume_step = None
+            writer.metrics_keys = cut_rows(Path(self.log_dir) / "metrics.csv", self.resume)
+            self.resume = None
         super().log_metrics(metrics, step)
+        self.num_rows += 1
 
 
-def cut_rows(file: Path, num_steps: int) -> list[str]:
-    """Drop the rows of a metrics.csv that belong to later steps.
+def kept_rows(file: Path, resume: ResumePoint) -> tuple[list[str], list[dict[str, Any]]]:
+    """Columns of a metrics.csv, and the rows that belong to a run that is resumed.
 
     Args:
         file: as CSVLogger writes it, with a column `step`.
-        num_steps: rows of this step and later ones are dropped.
+        resume: where.
+    """
+    with file.open(newline="") as stream:
+        reader = csv.DictReader(stream)
+        rows = list(reader)
+    if resume.num_rows is not None:
+        return list(reader.fieldnames or []), rows[: resume.num_rows]
+    return list(reader.fieldnames or []), [row for row in rows if int(row["step"]) < resume.step]
+
+
+def cut_rows(file: Path, resume: ResumePoint) -> list[str]:
+    """Drop the rows of a metrics.csv that a resumed run makes again.
+
+    Args:
+        file: as CSVLogger writes it.
+        resume: where.
 
     Returns:
         The names of its columns.
     """
-    with file.open(newline="") as stream:
-        reader = csv.DictReader(stream)
-        rows = [row for row in reader if int(row["step"]) < num_steps]
-        names = list(reader.fieldnames or [])
+    names, rows = kept_rows(file, resume)
     with file.open("w", newline="") as stream:
         writer = csv.DictWriter(stream, names)
         writer.writeheader()

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lightning_grpo.checkpoints import open_checkpoint, resolve_checkpoint
+from lightning_grpo.resume.fingerprints import check_fingerprints
 from lightning_grpo.run_state import Counters
 
 if TYPE_CHECKING:
@@ -24,12 +25,14 @@ def record_of(module: GRPOModule) -> dict[str, Any]:
         "beta": module.beta,
         "is_lora": module.policy.is_lora,
         "choices": asdict(module.choices),
+        "fingerprints": dict(module.fingerprints),
         "is_cold_started": module.is_cold_started,
         "reference": dict(module.reference_record),
         "stage": module.stage,
         "critic_form": module.critic_settings.form if module.critic_settings else None,
         "critic_failure": module.critic_failure,
         "num_critic_failures": module.num_critic_failures,
+        "num_nonfinite_in_a_row": module.nonfinite_guard.num_in_a_row,
     }
 
 
@@ -41,23 +44,26 @@ def restore_record(module: GRPOModule, saved: dict[str, Any]) -> None:
     module.reference_record = saved["reference"]
     module.critic_failure = saved["critic_failure"]
     module.num_critic_failures = saved["num_critic_failures"]
+    module.nonfinite_guard.num_in_a_row = saved["num_nonfinite_in_a_row"]
 
 
 def check_record(module: GRPOModule, saved: dict[str, Any]) -> None:
-    """Refuse a checkpoint whose weights the present options have no place for.
+    """Refuse a checkpoint of another model, or whose weights the options have no place for.
 
     Args:
-        module: set up, in fit.
+        module: with its policy loaded, in fit.
         saved: of `record_of`.
 
     Raises:
-        ValueError: adapters against a whole model, or a critic of another form.
+        ValueError: adapters against a whole model, another base model or tokenizer, or a critic of
+            another form.
     """
     if saved["is_lora"] != (module.load_options["lora"] is not None):
         kind = "adapters" if saved["is_lora"] else "a whole model"
         raise ValueError(
             f"the checkpoint holds {kind}: resume with the model.lora that the run began with"
         )
+    check_fingerprints(module, saved["fingerprints"])
     if saved["stage"] == "grpo":
         return
     form = module.critic_settings.form if module.critic_settings else None
@@ -75,7 +81,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         path: of a checkpoint folder of ours or its URL; a file, or a folder that Lightning sharded.
 
     Returns:
-        Its content; tensors of a file are on the meta device.
+        Its content; tensors are on the meta device.
     """
     file = Path(path) / "meta.pt" if Path(path).is_dir() else Path(path)
     if not file.is_file():

@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from types import FrameType
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from lightning_grpo.policy import Policy, gather_no_more
 
@@ -68,6 +69,45 @@ class WeightSnapshot:
         with interrupts_deferred():
             for name, weight in local_weights(self.policy).items():
                 weight.copy_(self._copy_of(name, weight))
+
+    def whole(self, *, is_kept: bool = True) -> dict[str, Tensor]:
+        """The copied weights on the CPU, gathered from all ranks. Collective.
+
+        Args:
+            is_kept: whether this rank wants them; it gets nothing otherwise.
+        """
+        parameters: dict[str, Any] = dict(self.policy.named_parameters())
+        found = {}
+        for name, copy in self.copies.items():
+            parameter = parameters[name]
+            if isinstance(parameter, DTensor):
+                sharded = DTensor.from_local(
+                    copy.to(parameter.device),
+                    parameter.device_mesh,
+                    parameter.placements,
+                    shape=parameter.shape,
+                    stride=parameter.stride(),
+                )
+                copy = sharded.full_tensor()
+            if is_kept:
+                found[name] = copy.detach().cpu().clone()
+        return found
+
+    @torch.no_grad()
+    def put(self, weights: Mapping[str, Tensor]) -> None:
+        """Take other weights, each rank its part. Collective.
+
+        Args:
+            weights: name -> whole tensor.
+        """
+        parameters: dict[str, Any] = dict(self.policy.named_parameters())
+        for name, weight in local_weights(self.policy).items():
+            full, parameter = weights[name], parameters[name]
+            if isinstance(parameter, DTensor):
+                full = full.to(parameter.device)
+                part = distribute_tensor(full, parameter.device_mesh, parameter.placements)
+                full = part.to_local()
+            self._copy_of(name, weight).copy_(full)
 
     @contextlib.contextmanager
     def in_place(self) -> Iterator[None]:

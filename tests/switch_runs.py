@@ -39,6 +39,7 @@ class SaveEveryIteration(Checkpoint):
     def on_train_batch_end(
         self, trainer: L.Trainer, module: GRPOModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        module.marks.after_batch(module)
         if not module.queue:
             trainer.save_checkpoint(f"{self.folder}/{module.counters.iterations}.ckpt")
 

@@ -39,6 +39,7 @@ LAYERS = [
         *("memory", "critic_export", "choices", "building", "levelling", "importing", "export"),
         *("optimization", "sharding", "startup", "adapters", "critic", "forward", "lifecycle"),
         *("checkpoints", "saved_run", "stages", "evidence", "switching"),
+        *("resume", "queue", "json_lines", "checkpoint_paths"),
     },
     {"callbacks"},
     {"cli", "console", "run_files", "tool_commands", "tools", "conf", "__main__", "benchmark"},

@@ -7,12 +7,13 @@ from typing import Any
 
 import torch
 
+from lightning_grpo.checkpoint_paths import run_dir_of
 from lightning_grpo.critic import CriticSettings, make_critic
 from lightning_grpo.critic_export import write_critic
 from lightning_grpo.paths import resolve_package_path
 from lightning_grpo.policy import load_policy
 from lightning_grpo.reference import frozen_reference_hash
-from lightning_grpo.run_files import newest_config, run_dir_of
+from lightning_grpo.run_files import newest_config
 from lightning_grpo.saved_run import KEY, read_checkpoint
 from lightning_grpo.tokenizing import load_tokenizer
 from lightning_grpo.tools.run_config import critic_settings, lora_of, read_run_config
@@ -95,7 +96,7 @@ def write_from(
 
 
 def _config_of(path: Path) -> Path:
-    run_dir = run_dir_of(path)
+    run_dir = run_dir_of(str(path))
     found = newest_config(run_dir) if run_dir is not None else None
     if found is None:
         raise ValueError(f"there is no configuration beside {path}: name it with --config")
