@@ -8,17 +8,24 @@ from typing import Any, Literal
 
 import lightning as L
 from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.trainer import call
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch.optim.lr_scheduler import LambdaLR
 
-from lightning_grpo.checkpoint_paths import checkpoint_dir, named_checkpoint
+from lightning_grpo.checkpoint_paths import checkpoint_dir, shown
+from lightning_grpo.checkpoints import Metric, clean_litter, new_url, prune
+from lightning_grpo.checkpoints.codec import encode
+from lightning_grpo.checkpoints.folder import Kind
 from lightning_grpo.module import GRPOModule
 from lightning_grpo.resume.stopping import STOP
 from lightning_grpo.snapshot import interrupts_deferred
 
 
 class IterationCheckpoint(Checkpoint):
-    """Keep last.ckpt, the best one, and one of every n iterations, in <run>/checkpoints.
+    """Keep the last checkpoint, the best one, and one of every n iterations, in <run>/checkpoints.
+
+    Each is a folder such as last-000050, named by its optimizer steps, that appears when it is
+    whole and verified; only then the one before is removed.
 
     A run that is resumed from one goes on where the run was that wrote it, between two minibatches
     too, and ends in the same bits. It takes weights and moments from the checkpoint, but the
@@ -26,11 +33,11 @@ class IterationCheckpoint(Checkpoint):
     and a changed `model.beta` from its configuration.
 
     Args:
-        every_n_iterations: how often last.ckpt is replaced; it is always written at the end.
-        keep_every_n_iterations: also keep iteration_<i>.ckpt every so often; 0 keeps none.
-        monitor: validation metric that decides which checkpoint is best.ckpt; null keeps no best.
+        every_n_iterations: how often last-* is replaced; it is always written at the end.
+        keep_every_n_iterations: also keep an iteration-* every so often; 0 keeps none.
+        monitor: validation metric that decides which checkpoint is best-*; null keeps no best.
         mode: whether the best is the largest (max) or the smallest (min); ties go to the newest.
-        on_exception: write last.ckpt on Ctrl-C, on SIGTERM, and on an error, on several processes
+        on_exception: write last-* on Ctrl-C, on SIGTERM, and on an error, on several processes
             only on one that all of them have.
         force_resume: resume although base model, tokenizer or training prompts are not those that
             the checkpoint was made with; other prompts begin at their first.
@@ -56,7 +63,9 @@ class IterationCheckpoint(Checkpoint):
         self.saves_on_exception = on_exception
         self.force_resume = force_resume
         self.best_score: float | None = None
-        self.folder = checkpoint_dir(Path())
+        self.folder = ""
+        self.saved_urls: dict[Kind, str] = {}
+        """The newest checkpoint of each kind that this fit has written."""
         self._saved_mark = 0
         self._beta = 0.0
         self._saved_beta: float | None = None
@@ -67,6 +76,7 @@ class IterationCheckpoint(Checkpoint):
         self.folder = checkpoint_dir(Path(trainer.log_dir or trainer.default_root_dir))
         self._beta = module.beta
         self._saved_mark = 0
+        self.saved_urls = {}
         module.force_resume = self.force_resume
         if stage == "fit":
             STOP.listen(trainer)
@@ -76,7 +86,10 @@ class IterationCheckpoint(Checkpoint):
         self._options = [options_of(group) for group in trainer.optimizers[0].param_groups]
 
     def on_train_start(self, trainer: L.Trainer, module: GRPOModule) -> None:
-        """Let the configuration win over the checkpoint."""
+        """Let the configuration win over the checkpoint, and see what a save would trip over."""
+        encode(call._call_callbacks_state_dict(trainer), ("callbacks",))
+        if trainer.is_global_zero:
+            clean_litter(self.folder)
         if trainer.world_size > 1:
             STOP.listen_for_interrupts()
         if self._saved_beta is not None and self._saved_beta != self._beta:
@@ -91,16 +104,6 @@ class IterationCheckpoint(Checkpoint):
                     factor = scheduler.lr_lambdas[number](scheduler.last_epoch)
                     group["lr"] = options["initial_lr"] * factor
 
-    @property
-    def last_path(self) -> Path:
-        """Where the newest checkpoint is."""
-        return named_checkpoint(self.folder, "last")
-
-    @property
-    def best_path(self) -> Path:
-        """Where the best checkpoint is."""
-        return named_checkpoint(self.folder, "best")
-
     def on_train_batch_end(
         self, trainer: L.Trainer, module: GRPOModule, outputs: object, batch: Any, batch_idx: int
     ) -> None:
@@ -113,16 +116,15 @@ class IterationCheckpoint(Checkpoint):
         if module.queue and not is_over:
             return
         if is_over or iterations % self.every_n_iterations == 0:
-            self.save(trainer, module, self.last_path)
+            self.save(trainer, module, "last")
         keep = self.keep_every_n_iterations
         if keep and not module.queue and iterations % keep == 0:
-            name = f"iteration_{iterations:06d}"
-            self.save(trainer, module, named_checkpoint(self.folder, name))
+            self.save(trainer, module, "iteration")
 
     def on_train_end(self, trainer: L.Trainer, module: GRPOModule) -> None:
         """Save the end of the run, when it is not saved as it is."""
         if self.has_news(trainer, module):
-            self.save(trainer, module, self.last_path)
+            self.save(trainer, module, "last")
 
     def on_validation_end(self, trainer: L.Trainer, module: GRPOModule) -> None:
         """Keep this policy when it is the best so far."""
@@ -132,7 +134,7 @@ class IterationCheckpoint(Checkpoint):
         if self.is_best(score):
             self.best_score = score
             module.marks.after_validation(module)
-            self.save(trainer, module, self.best_path)
+            self.save(trainer, module, "best", Metric(self.monitor, score))
 
     def is_best(self, score: float) -> bool:
         """Whether a score is at least as good as every one before; NaN never is."""
@@ -154,30 +156,39 @@ class IterationCheckpoint(Checkpoint):
         if self.saves_on_exception and self.has_news(trainer, module):
             problem = module.marks.problem(module)
             if problem:
-                rank_zero_info(f"not saved: {problem}; {self.last_path} is as it was")
+                rank_zero_info(f"not saved: {problem}; the checkpoints are as they were")
                 return
-            self.save(trainer, module, self.last_path)
+            self.save(trainer, module, "last")
         mark = module.marks.last
         if mark is not None and mark.serial == self._saved_mark:
             rank_zero_info(
-                f"stopped at step {mark.place.num_steps}; resume with --ckpt_path {self.last_path}"
+                f"stopped at step {mark.place.num_steps}; resume with --ckpt_path "
+                f"{shown(self.saved_urls['last'])}"
             )
 
     def has_news(self, trainer: L.Trainer, module: GRPOModule) -> bool:
-        """Whether last.ckpt is not what it should be: a run has got on."""
+        """Whether the run has got on since its last checkpoint."""
         mark = module.marks.last
         if trainer.state.fn != "fit" or mark is None or not mark.place.num_steps:
             return False
         return mark.serial > max(self._saved_mark, module.marks.resumed)
 
-    def save(self, trainer: L.Trainer, module: GRPOModule, path: Path) -> None:
-        """Write one checkpoint. Every rank has to call it."""
+    def save(
+        self, trainer: L.Trainer, module: GRPOModule, kind: Kind, metric: Metric | None = None
+    ) -> None:
+        """Write one checkpoint, and remove the one that it replaces. Every rank has to call it."""
+        step = module.marks.last.place.num_steps if module.marks.last else trainer.global_step
+        url = trainer.strategy.broadcast(
+            new_url(self.folder, kind, step) if trainer.is_global_zero else ""
+        )
         with interrupts_deferred():
-            # Here it means that the optimizer and the loops are saved too; nothing is unpickled.
-            trainer.save_checkpoint(path, weights_only=False)
-        mark = module.marks.last
-        if path == self.last_path and mark is not None:
-            self._saved_mark = mark.serial
+            # Here it means that the optimizer and the loops are saved too.
+            trainer.save_checkpoint(url, weights_only=False, storage_options=metric)
+            if kind != "iteration" and trainer.is_global_zero:
+                prune(self.folder, kind, 1)
+        self.saved_urls[kind] = url
+        if kind == "last" and module.marks.last is not None:
+            self._saved_mark = module.marks.last.serial
 
     def state_dict(self) -> dict[str, Any]:
         """The best score, which a resumed run has to reach, and the beta that was asked for."""

@@ -11,7 +11,8 @@ from rich.console import Console
 from rich.table import Table
 
 from lightning_grpo.callbacks.validation import ValidateAtEnds
-from lightning_grpo.checkpoint_paths import checkpoints_in
+from lightning_grpo.checkpoint_paths import checkpoint_dir, shown
+from lightning_grpo.checkpoints import list_checkpoints
 from lightning_grpo.module import GRPOModule
 
 
@@ -96,6 +97,6 @@ def file_lines(run_dir: Path) -> list[str]:
         lines.append(f"  curves      tensorboard --logdir {run_dir}")
     if (run_dir / "config.yaml").exists():
         lines.append(f"  config      {run_dir / 'config.yaml'}")
-    for path in checkpoints_in(run_dir):
-        lines.append(f"  checkpoint  {path}")
+    for url in sorted(checkpoint.url for checkpoint in list_checkpoints(checkpoint_dir(run_dir))):
+        lines.append(f"  checkpoint  {shown(url)}")
     return lines

@@ -10,7 +10,7 @@ from lightning_grpo.choices import settle_forwards
 from lightning_grpo.policy import load_policy
 from lightning_grpo.reference import Reference, frozen_reference_hash
 from lightning_grpo.resume.fingerprints import fingerprints_of
-from lightning_grpo.sharding import check_mesh, shard_policy
+from lightning_grpo.sharding import shard_policy
 from lightning_grpo.snapshot import WeightSnapshot
 
 if TYPE_CHECKING:
@@ -37,7 +37,6 @@ def make_policy(module: GRPOModule) -> None:
     if module.beta > 0 and is_fitting and module.trainer.is_global_zero:
         module.initial_hash = frozen_reference_hash(policy)
     if module.device_mesh is not None:
-        check_mesh(module.device_mesh)
         shard_policy(policy, module.device_mesh["data_parallel"])
     module.policy = policy
 

@@ -1,65 +1,48 @@
-"""Names of checkpoints, where they are in a run, and which of them can be read."""
+"""Where the checkpoints of a run are, and which of them an option means."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
-import fsspec
+from lightning_grpo.checkpoints.folder import kind_of
+from lightning_grpo.checkpoints.places import folders_in, locate
 
-from lightning_grpo.saved_run import KEY, read_checkpoint
-
-_SUFFIX = ".ckpt"
+_FOLDER = "checkpoints"
 
 
-def checkpoint_dir(run_dir: Path) -> Path:
+def checkpoint_dir(run_dir: Path) -> str:
     """The folder of a run's checkpoints."""
-    return run_dir / "checkpoints"
+    return str(run_dir / _FOLDER)
 
 
-def named_checkpoint(folder: Path, name: str) -> Path:
-    """Where the checkpoint of that name is: last, best, or iteration_<i>."""
-    return folder / f"{name}{_SUFFIX}"
+def has_checkpoints(folder: str, wanted: str) -> bool:
+    """Whether a folder has checkpoints of a kind, whole or not.
 
-
-def checkpoints_in(run_dir: Path) -> list[Path]:
-    """All checkpoints of a run, in the order of their names, whole or not."""
-    return sorted(checkpoint_dir(run_dir).glob(f"*{_SUFFIX}"))
-
-
-def is_url(path: str) -> bool:
-    """Whether a path is an address such as s3://bucket/file."""
-    return "://" in path
-
-
-def is_there(path: str) -> bool:
-    """Whether a path or URL exists."""
-    if not is_url(path):
-        return Path(path).exists()
-    filesystem, inner = fsspec.core.url_to_fs(path)
-    return bool(filesystem.exists(inner))
+    Args:
+        folder: of a run's checkpoints; need not exist.
+        wanted: last, best or iteration; auto for any of them.
+    """
+    kinds = {kind_of(name) for name in folders_in(locate(folder))} - {"other"}
+    return bool(kinds) if wanted == "auto" else wanted in kinds
 
 
 def run_dir_of(checkpoint: str) -> Path | None:
-    """The run's folder that a checkpoint lies in; None when it lies somewhere else, or in a URL."""
-    if is_url(checkpoint):
+    """The run's folder that a checkpoint lies in; None when it lies somewhere else, or in a URL.
+
+    Args:
+        checkpoint: its path or URL.
+    """
+    if "://" in checkpoint:
         return None
     path = Path(checkpoint)
     folder = path.parent if path.parent.name else path.absolute().parent
-    return folder.parent if folder == checkpoint_dir(folder.parent) else None
+    return folder.parent if folder.name == _FOLDER else None
 
 
-def problem_with(checkpoint: str) -> str:
-    """Why a checkpoint cannot be read; empty when it can. Its weights are not looked at."""
-    try:
-        read_checkpoint(checkpoint)[KEY]
-    except KeyError:
-        return "it is not one of lightning_grpo"
-    except Exception as error:  # how a broken file fails is up to what is left of it
-        first, *_ = str(error).splitlines() or [""]
-        return f"{type(error).__name__}: {first}"
-    return ""
-
-
-def saved_at(checkpoint: str) -> float:
-    """When a checkpoint was written, in seconds since 1970; 0 when it does not say."""
-    return float(read_checkpoint(checkpoint)[KEY].get("saved_at", 0.0))
+def shown(path: str) -> str:
+    """A path as people write it: relative to the present folder when it lies in it."""
+    if "://" in path:
+        return path
+    relative = os.path.relpath(path)
+    return path if relative.startswith("..") else relative

@@ -159,7 +159,7 @@ class GRPOCLI(LightningCLI):
             raise ValueError(
                 f"{num_launched} processes were launched, but the Trainer has "
                 f"{trainer.world_size}: set trainer.devices (and trainer.num_nodes) to match, and "
-                "trainer.strategy to ddp or ModelParallelStrategy"
+                "trainer.strategy to ddp or fsdp2"
             )
         return trainer
 

@@ -29,6 +29,7 @@ from transformers import PreTrainedTokenizerBase, TrainerState
 from lightning_grpo.adapters import Lora
 from lightning_grpo.algorithms import GRPO, PPO, Algorithm
 from lightning_grpo.building import make_policy, make_ready_to_fit
+from lightning_grpo.checkpoints.io import FolderCheckpointIO
 from lightning_grpo.choices import Auto, Choices, OldLogprobs, chosen_by_options, resume_choices
 from lightning_grpo.critic import CriticSettings, critic_parameters
 from lightning_grpo.distributed import failing_together, gather_rows
@@ -60,7 +61,15 @@ from lightning_grpo.resume.writing import write_mark
 from lightning_grpo.rewards import EarlyScores, Scorer, Scores
 from lightning_grpo.rollout import RolloutSettings, collect_rollout
 from lightning_grpo.run_state import Counters, Phase
-from lightning_grpo.saved_run import KEY, check_record, read_checkpoint, record_of, restore_record
+from lightning_grpo.saved_run import (
+    KEY,
+    check_record,
+    name_optimizer_states,
+    number_optimizer_states,
+    read_checkpoint,
+    record_of,
+    restore_record,
+)
 from lightning_grpo.scoring import score_completions, start_scoring
 from lightning_grpo.snapshot import WeightSnapshot
 from lightning_grpo.stages import Stage, is_ppo, moves_policy
@@ -227,9 +236,10 @@ class GRPOModule(L.LightningModule):
     def setup(self, stage: str) -> None:
         """Refuse what cannot work, and find out where the run writes (on rank 0, for all)."""
         refuse_unsupported(self.trainer, stage)
+        self.trainer.strategy.checkpoint_io = FolderCheckpointIO(reads_optimizers=stage == "fit")
         if stage == "fit":
-            settle_memory(self, self.trainer)
             self.marks.begin()
+            settle_memory(self, self.trainer)
             if self.check_memory:
                 refuse_what_cannot_fit(self, self.trainer)
             call_before_loading(self.trainer.strategy, self._make_room_for)
@@ -258,8 +268,7 @@ class GRPOModule(L.LightningModule):
         """One optimizer with a group for the policy and one for the critic, and its schedule."""
         optimizer = make_optimizer(
             self.make_optimizer,
-            list(self.policy.trainable().values()),
-            [] if self.critic is None else critic_parameters(self.critic, self.policy),
+            *self.optimized(),
             critic_lr=self.critic_settings.learning_rate if self.critic_settings else None,
         )
         scheduler = make_lr_scheduler(
@@ -272,6 +281,11 @@ class GRPOModule(L.LightningModule):
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
         }
+
+    def optimized(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+        """The parameters of the optimizer's two groups, in its order."""
+        critic = [] if self.critic is None else critic_parameters(self.critic, self.policy)
+        return list(self.policy.trainable().values()), critic
 
     def on_fit_start(self) -> None:
         """Warn of settings that train nothing or not what they seem to."""
@@ -617,6 +631,7 @@ class GRPOModule(L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Let the checkpoint be that of the last mark, with our counters and all else."""
+        name_optimizer_states(self, checkpoint)
         if self.trainer.state.fn == "fit" and "callbacks" in checkpoint and self.marks.last:
             write_mark(self, checkpoint)
         else:
@@ -628,6 +643,7 @@ class GRPOModule(L.LightningModule):
         self.queue.clear()
         self.rollout = None
         if self.trainer.state.fn == "fit":
+            number_optimizer_states(self, checkpoint)
             if "mark" in checkpoint[KEY]:
                 self.marks.resume_from = checkpoint[KEY]["mark"]
                 let_run_begin(self.trainer, checkpoint["loops"])

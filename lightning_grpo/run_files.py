@@ -11,17 +11,10 @@ from typing import Any
 
 from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
-from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-from lightning_grpo.checkpoint_paths import (
-    checkpoint_dir,
-    checkpoints_in,
-    is_there,
-    named_checkpoint,
-    problem_with,
-    run_dir_of,
-    saved_at,
-)
+from lightning_grpo.checkpoint_paths import checkpoint_dir, has_checkpoints, run_dir_of, shown
+from lightning_grpo.checkpoints import BrokenCheckpointError, resolve_checkpoint
 from lightning_grpo.saved_run import KEY, read_checkpoint
 
 
@@ -64,59 +57,42 @@ def find_checkpoint(ckpt_path: str, run: Run) -> str | None:
 
     Args:
         ckpt_path: "last" or "best" of the newest run that has one; "auto" for the newest that is
-            whole of the newest run that has any; or a path or URL.
+            whole, of the newest run that has any; or a path or URL, of which the end may be
+            last, best or auto too.
         run: where runs of this name are.
 
     Returns:
-        Path or URL of a checkpoint that can be read. None for "auto" when no run of this name has
-        a checkpoint yet.
+        Path or URL of a complete checkpoint. None for "auto" when no run of this name has a
+        checkpoint yet.
 
     Raises:
-        ValueError: there is none, or it cannot be read; a run never starts from scratch instead.
+        ValueError: there is none, or it is not whole; a run never starts from scratch instead.
     """
-    if ckpt_path == "auto":
-        return newest_checkpoint(run)
     path = ckpt_path
-    if ckpt_path in ("last", "best"):
-        paths = [named_checkpoint(checkpoint_dir(v), ckpt_path) for v in reversed(run.versions())]
-        path = next((str(path) for path in paths if path.exists()), "")
-        if not path:
+    if ckpt_path in ("last", "best", "auto"):
+        folders = [checkpoint_dir(version) for version in reversed(run.versions())]
+        folder = next((f for f in folders if has_checkpoints(f, ckpt_path)), None)
+        if folder is None and ckpt_path == "auto":
+            return None
+        if folder is None:
             raise ValueError(
                 f"--ckpt_path {ckpt_path}: no run in {Path(run.root_dir) / run.name} has a "
-                f"{named_checkpoint(Path(), ckpt_path)}"
+                "checkpoint of that kind"
             )
-    elif not is_there(path):
-        raise ValueError(f"--ckpt_path {ckpt_path}: there is no such file or folder")
-    problem = problem_with(path)
-    if problem:
-        raise ValueError(
-            f"--ckpt_path {ckpt_path}: {path} cannot be read ({problem}); --ckpt_path auto takes "
-            "the newest that can"
-        )
-    return path
+        path = f"{folder}/{ckpt_path}"
+    try:
+        return shown(resolve_checkpoint(path))
+    except (FileNotFoundError, BrokenCheckpointError) as error:
+        raise ValueError(f"--ckpt_path {ckpt_path}: {error}{_hint(path)}") from error
 
 
-def newest_checkpoint(run: Run) -> str | None:
-    """The newest whole checkpoint of the newest run that has any; broken ones are warned of.
-
-    Args:
-        run: where runs of this name are.
-
-    Returns:
-        Its path; None when no run of this name has a checkpoint.
-
-    Raises:
-        ValueError: the newest run that has checkpoints has only broken ones.
-    """
-    found = next((found for v in reversed(run.versions()) if (found := checkpoints_in(v))), [])
-    problems = {str(path): problem_with(str(path)) for path in found}
-    whole = [path for path, problem in problems.items() if not problem]
-    broken = [f"{path} cannot be read ({problem})" for path, problem in problems.items() if problem]
-    if broken and not whole:
-        raise ValueError(f"--ckpt_path auto: {'; '.join(broken)}")
-    for message in broken:
-        rank_zero_warn(f"--ckpt_path auto: {message}, and is left out")
-    return max(whole, key=saved_at, default=None)
+def _hint(path: str) -> str:
+    if has_checkpoints(f"{path}/checkpoints", "auto"):
+        return f"; of a run take one of its checkpoints: {path}/checkpoints/last"
+    folder, _, name = path.rpartition("/")
+    if name not in ("last", "best", "auto") and has_checkpoints(folder or ".", "auto"):
+        return f"; {folder or '.'}/auto takes the newest that is whole"
+    return ""
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from lightning_grpo.checkpoints import open_checkpoint, resolve_checkpoint
+from lightning_grpo.checkpoints.optimizer_names import (
+    parameter_names,
+    with_names,
+    with_numbers,
+)
 from lightning_grpo.resume.fingerprints import check_fingerprints
 from lightning_grpo.run_state import Counters
 
@@ -78,13 +81,36 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """All of a checkpoint but its weights, which are not read.
 
     Args:
-        path: of a checkpoint folder of ours or its URL; a file, or a folder that Lightning sharded.
+        path: of its folder or its URL, as `resolve_checkpoint` takes it.
 
     Returns:
-        Its content; tensors are on the meta device.
+        Its content.
     """
-    file = Path(path) / "meta.pt" if Path(path).is_dir() else Path(path)
-    if not file.is_file():
-        return open_checkpoint(resolve_checkpoint(path)).read_state()
-    content: dict[str, Any] = torch.load(file, map_location="meta", weights_only=True, mmap=True)
-    return content
+    return open_checkpoint(resolve_checkpoint(path)).read_state()
+
+
+def name_optimizer_states(module: GRPOModule, checkpoint: dict[str, Any]) -> None:
+    """Let the moments of a checkpoint be found by the names of their parameters.
+
+    Args:
+        module: in fit.
+        checkpoint: of Lightning, changed; without optimizers it stays as it is.
+    """
+    if "optimizer_states" in checkpoint:
+        names = parameter_names(module.trainer.optimizers[0], module.named_parameters())
+        states = checkpoint["optimizer_states"]
+        checkpoint["optimizer_states"] = [with_names(state, names) for state in states]
+
+
+def number_optimizer_states(module: GRPOModule, checkpoint: dict[str, Any]) -> None:
+    """Undo `name_optimizer_states` for the optimizer that the module is about to make.
+
+    Args:
+        module: with its policy and its critic.
+        checkpoint: changed; without optimizers, as FSDP2 gives it, it stays as it is.
+    """
+    if "optimizer_states" in checkpoint:
+        own = {id(parameter): name for name, parameter in module.named_parameters()}
+        names = [own[id(parameter)] for group in module.optimized() for parameter in group]
+        states = checkpoint["optimizer_states"]
+        checkpoint["optimizer_states"] = [with_numbers(state, names) for state in states]

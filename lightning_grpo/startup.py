@@ -6,10 +6,12 @@ import warnings
 from collections.abc import Mapping
 
 import lightning as L
+from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.accelerators import MPSAccelerator
-from lightning.pytorch.strategies import FSDPStrategy
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from torch.optim import Optimizer
 
+from lightning_grpo.checkpoints.io import FolderCheckpointIO
 from lightning_grpo.policy import Policy
 
 # Below it, an update of a bf16 weight is usually smaller than half the distance to the next one.
@@ -24,12 +26,19 @@ def refuse_unsupported(trainer: L.Trainer, stage: str) -> None:
         stage: fit, validate, test or predict.
 
     Raises:
-        ValueError: FSDP1, fp16 or Apple's GPUs.
+        ValueError: FSDP1, a strategy or plugin with other checkpoints, fp16, or Apple's GPUs.
     """
     if isinstance(trainer.strategy, FSDPStrategy):
+        raise ValueError("trainer.strategy fsdp (FSDP1) is not supported: use fsdp2")
+    if type(trainer.strategy) is ModelParallelStrategy:
         raise ValueError(
-            "trainer.strategy fsdp (FSDP1) is not supported: use ModelParallelStrategy (FSDP2) "
-            "with data_parallel_size and tensor_parallel_size set"
+            "trainer.strategy ModelParallelStrategy saves its checkpoints past those of this run: "
+            "use fsdp2, which shards in the same way"
+        )
+    if not isinstance(trainer.strategy.checkpoint_io, TorchCheckpointIO | FolderCheckpointIO):
+        raise ValueError(
+            f"trainer.plugins has the {type(trainer.strategy.checkpoint_io).__name__}: leave it "
+            "out, checkpoints are written by lightning_grpo.checkpoints"
         )
     if isinstance(trainer.accelerator, MPSAccelerator):
         raise ValueError(

@@ -307,7 +307,7 @@ def stop_and_resume(model: str, name: str, folder: Path, stop: Stop) -> None:
     expected = EXIT_CODES[stop.how]
     # The other rank of an error of one says that another failed.
     assert expected in ends and 0 not in ends, f"{name}: {stop} ended with {ends}"
-    last = folder / "checkpoints" / "last.ckpt"
+    last = folder / "checkpoints" / "last"
     ckpt_path = str(last) if last.exists() else None
     ends = run_child(folder, lambda: fit(model, case, folder, ckpt_path), num_ranks)
     assert ends == [0] * num_ranks, f"{name}: resumed from {stop} ended with {ends}"

@@ -41,7 +41,7 @@ class SaveEveryIteration(Checkpoint):
     ) -> None:
         module.marks.after_batch(module)
         if not module.queue:
-            trainer.save_checkpoint(f"{self.folder}/{module.counters.iterations}.ckpt")
+            trainer.save_checkpoint(f"{self.folder}/{module.counters.iterations}")
 
 
 class RecordStages(L.Callback):
@@ -121,6 +121,6 @@ def switch_and_resume(model: str, strategy: str, form: str, folder: str, resumes
     whole = switching_fit(model, strategy, form=form, save_to=folder)
     resumed = {}
     for iteration in resumes:
-        again = switching_fit(model, strategy, form=form, resume_from=f"{folder}/{iteration}.ckpt")
+        again = switching_fit(model, strategy, form=form, resume_from=f"{folder}/{iteration}")
         resumed[iteration] = end_of(*again[:2]) | {"stages": again[3].stages}
     return end_of(*whole[:2]) | {"stages": whole[3].stages, "resumed": resumed}

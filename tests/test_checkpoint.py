@@ -10,6 +10,7 @@ import lightning as L
 import pytest
 import torch
 from runs import make_data, make_module, make_trainer
+from saved import read_saved
 
 from lightning_grpo.callbacks import IterationCheckpoint
 
@@ -67,7 +68,7 @@ def test_a_run_that_is_stopped_early_is_saved_as_it_is(tmp_path: Path, char_mode
     trainer = checkpointing(tmp_path, StopAt(3), max_epochs=-1, max_steps=50)
     module = make_module(char_model)
     trainer.fit(module, make_data())
-    saved = torch.load(tmp_path / "checkpoints/last.ckpt", weights_only=True)
+    saved = read_saved(tmp_path / "checkpoints/last")
     assert (trainer.global_step, saved["global_step"]) == (3, 3)
     assert saved["lightning_grpo"]["counters"]["iterations"] == 3
     for name, value in module.state_dict().items():
@@ -83,7 +84,7 @@ def test_a_resume_from_inside_an_accumulation_window_begins_with_a_whole_one(
         trainer = checkpointing(tmp_path, InterruptAfter(7), max_steps=8, **options)
         trainer.fit(make_module(char_model), make_data())
     signal.signal(signal.SIGINT, handler)
-    last = str(tmp_path / "checkpoints/last.ckpt")
+    last = str(tmp_path / "checkpoints/last")
     windows = Windows()
     trainer = checkpointing(tmp_path, windows, max_steps=8, **options)
     trainer.fit(make_module(char_model), make_data(), ckpt_path=last, weights_only=True)

@@ -9,11 +9,12 @@ from typing import Any
 
 import lightning as L
 import pytest
-import torch
 from distributed_runs import on_two_ranks, strategy_options
 from runs import make_data, make_module, make_trainer
+from saved import read_saved
 
 from lightning_grpo import choices
+from lightning_grpo.checkpoints.io import FolderCheckpointIO
 from lightning_grpo.choices import Choices, chosen_by_options
 from lightning_grpo.generation import NativeEngine
 from lightning_grpo.generation.cached_decoder import CachedDecoder
@@ -51,8 +52,8 @@ def printed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def saved(char_model, tmp_path: Path) -> str:
     """A checkpoint of a run on a machine with plenty of memory."""
     trainer, _ = fit(char_model, max_steps=2)
-    trainer.save_checkpoint("saved.ckpt")
-    return str(tmp_path / "saved.ckpt")
+    trainer.save_checkpoint("saved")
+    return str(tmp_path / "saved")
 
 
 def give(monkeypatch: pytest.MonkeyPatch, num_bytes: int) -> None:
@@ -92,8 +93,8 @@ def test_a_run_prints_its_choices_once_and_saves_them(char_model, printed, tmp_p
     trainer, module = fit(char_model)
     assert module.counters.iterations == 2
     assert [line for line in printed if line.startswith("choices")] == [LINE]
-    trainer.save_checkpoint("some.ckpt")
-    record = torch.load("some.ckpt", weights_only=True)["lightning_grpo"]["choices"]
+    trainer.save_checkpoint("some")
+    record = read_saved("some")["lightning_grpo"]["choices"]
     assert Choices(**record) == Choices("fused", True, 16384, False, "sampler") == module.choices
 
 
@@ -142,10 +143,10 @@ def test_a_resumed_run_keeps_its_choices_on_another_machine(char_model, saved, m
 def test_a_run_that_recomputed_activations_goes_on_so(char_model, tmp_path: Path, monkeypatch):
     give(monkeypatch, 1)
     trainer, first = fit(char_model, max_steps=2)
-    trainer.save_checkpoint("small.ckpt")
+    trainer.save_checkpoint("small")
     monkeypatch.undo()
     monkeypatch.chdir(tmp_path)
-    _, module = fit(char_model, ckpt_path="small.ckpt")
+    _, module = fit(char_model, ckpt_path="small")
     assert module.choices == first.choices and module.microbatch_tokens == 1024
     assert module.policy.is_checkpointing_activations
 
@@ -167,10 +168,10 @@ def test_a_resumed_run_that_does_not_fit_any_more_is_refused_with_the_option_to_
 
 def edited(path: str, **changes: Any) -> str:
     """The checkpoint with other choices."""
-    content = torch.load(path, weights_only=True)
+    content = read_saved(path)
     content["lightning_grpo"]["choices"].update(changes)
-    torch.save(content, "edited.ckpt")
-    return "edited.ckpt"
+    FolderCheckpointIO().save_checkpoint(content, "edited")
+    return "edited"
 
 
 def test_the_decoder_and_the_packing_of_a_checkpoint_are_kept(char_model, saved, printed):

@@ -13,6 +13,7 @@ import pytest
 import torch
 import yaml
 from command_lines import run, train_rows, write_config, write_jsonl
+from saved import read_saved
 
 from lightning_grpo.cli import SECTIONS, with_config
 
@@ -108,7 +109,7 @@ def test_help_names_every_option_with_its_description(capsys):
         ("--model.beta", "weight of the KL to the reference; 0 loads no reference."),
         ("--run.name", "folder of runs of one kind"),
         ("--replay.num_epochs", "K, passes over each rollout."),
-        ("--checkpoint.monitor", "validation metric that decides which checkpoint is best.ckpt"),
+        ("--checkpoint.monitor", "validation metric that decides which checkpoint is best-*"),
     ):
         assert option in words and description in words
 
@@ -122,7 +123,7 @@ def test_a_data_file_on_the_command_line_is_not_read_as_arguments(capsys, char_m
     assert printed["data"]["train_data"] == "rows.csv"
     assert printed["cold_start"]["demonstrations"] == "one.jsonl"
     run("fit", "--config", config, *options, "--cold_start.num_steps", "1")
-    assert (VERSION_0 / "checkpoints/last.ckpt").exists()
+    assert (VERSION_0 / "checkpoints/last").exists()
 
 
 # What a run leaves behind
@@ -136,13 +137,15 @@ def test_a_fit_writes_its_files_and_calls_callbacks_of_the_user(capsys, char_mod
     options = ["--trainer.callbacks+=command_lines.Announcer", "--trainer.callbacks.times=2"]
     run("fit", "--config", config, "--config", "callbacks.yaml", *options)
     names = {path.name for path in VERSION_0.rglob("*") if path.is_file()}
-    assert {"metrics.csv", "config.yaml", "last.ckpt", "best.ckpt"} <= names
+    assert {"metrics.csv", "config.yaml"} <= names
+    checkpoints = sorted(path.name for path in (VERSION_0 / "checkpoints").iterdir())
+    assert checkpoints == ["best-000004", "last-000004"]
     assert any(name.startswith("events.out.tfevents") for name in names)
     out, err = capsys.readouterr()
     announced = [line for line in out.splitlines() if line.startswith("ANNOUNCED")]
     assert announced == ["ANNOUNCED yaml 1 8", "ANNOUNCED iteration 2 8"] * 2
     assert "2 iterations, 4 optimizer steps (0 skipped), 16 completions" in out
-    assert "val/pass_at_1" in out and f"checkpoint  {VERSION_0}/checkpoints/last.ckpt" in out
+    assert "val/pass_at_1" in out and f"checkpoint  {VERSION_0}/checkpoints/last-000004" in out
     assert "iteration 2/2 reward" in err
     saved = yaml.safe_load((VERSION_0 / "config.yaml").read_text())
     assert saved["trainer"]["callbacks"][1]["init_args"] == {"word": "iteration", "times": 2}
@@ -194,7 +197,7 @@ def test_a_resumed_run_goes_on_in_its_folder_as_if_it_had_not_stopped(char_model
     assert [step for step, _ in train_rows(whole, "policy/loss")] == list(range(8))
 
 
-@pytest.mark.parametrize("name", ["iteration_000001.ckpt", "best.ckpt"])
+@pytest.mark.parametrize("name", ["iteration-000002", "best-000004"])
 def test_a_resume_at_an_earlier_checkpoint_drops_the_rows_behind_it(char_model, name):
     config = write_config(
         char_model,
@@ -205,8 +208,8 @@ def test_a_resume_at_an_earlier_checkpoint_drops_the_rows_behind_it(char_model, 
     run("fit", "--config", config, *options)
     before = train_rows(VERSION_0 / "metrics.csv", "policy/loss")
     checkpoint = VERSION_0 / "checkpoints" / name
-    saved_step = torch.load(checkpoint, weights_only=True)["global_step"]
-    assert saved_step == (2 if name == "iteration_000001.ckpt" else 4)
+    saved_step = read_saved(checkpoint)["global_step"]
+    assert saved_step == int(name[-6:])
     run("fit", "--config", config, "--ckpt_path", str(checkpoint), *options)
     assert train_rows(VERSION_0 / "metrics.csv", "policy/loss") == before
 
@@ -223,7 +226,7 @@ def test_a_resume_without_a_configuration_takes_that_of_the_run(capsys, char_mod
 
 def resumed_state(*options: str) -> dict:
     run("fit", "--config", "config.yaml", "--ckpt_path", "last", *options)
-    return torch.load(VERSION_0 / "checkpoints/last.ckpt", weights_only=True)
+    return read_saved(VERSION_0 / "checkpoints/last")
 
 
 def test_options_win_over_what_the_checkpoint_was_made_with(char_model):
@@ -244,8 +247,8 @@ def test_a_resume_keeps_what_the_run_has_adapted(char_model):
     model = {"beta": 0.25, "lr_schedule": "linear", "num_warmup_steps": 10}
     kl = {"target_nats_per_completion": 10.0, "horizon_completions": 50}
     run("fit", "--config", write_config(char_model, model=model, kl=kl))
-    last = VERSION_0 / "checkpoints/last.ckpt"
-    before = torch.load(last, weights_only=True)["lightning_grpo"]["beta"]
+    last = VERSION_0 / "checkpoints/last"
+    before = read_saved(last)["lightning_grpo"]["beta"]
     assert before < 0.25
     state = resumed_state("--trainer.max_steps", "6", "--model.optimizer.lr", "2e-3")
     assert state["lightning_grpo"]["beta"] < before
@@ -261,7 +264,7 @@ def test_ctrl_c_in_the_middle_saves_and_the_run_goes_on(caplog, char_model):
         run("fit", "--config", config, "--trainer.max_steps", "8", *interrupt)
     signal.signal(signal.SIGINT, handler)
     assert stop.value.code == 1
-    last = VERSION_0 / "checkpoints/last.ckpt"
+    last = VERSION_0 / "checkpoints/last-000003"
     assert f"stopped at step 3; resume with --ckpt_path {last}" in caplog.text
     run("fit", "--config", config, "--ckpt_path", str(last), "--trainer.max_steps", "8")
     steps = [step for step, _ in train_rows(VERSION_0 / "metrics.csv", "policy/loss")]
@@ -289,7 +292,7 @@ def test_a_process_that_gets_sigint_writes_a_checkpoint(tmp_path, char_model):
     out, _ = process.communicate(timeout=60)
     assert process.returncode == 1, out
     assert "Traceback" not in out
-    checkpoint = torch.load(VERSION_0 / "checkpoints/last.ckpt", weights_only=True)
+    checkpoint = read_saved(VERSION_0 / "checkpoints/last")
     assert checkpoint["global_step"] >= 2
 
 
@@ -298,7 +301,7 @@ def test_sigterm_saves_and_is_no_success(char_model):
     with pytest.raises(SystemExit) as stop:
         run("fit", "--config", write_config(char_model), "--trainer.max_steps", "8", terminate)
     assert stop.value.code == 143
-    checkpoint = torch.load(VERSION_0 / "checkpoints/last.ckpt", weights_only=True)
+    checkpoint = read_saved(VERSION_0 / "checkpoints/last")
     assert checkpoint["global_step"] == 3
 
 
@@ -323,9 +326,9 @@ def test_other_data_and_another_model_are_refused_on_resume(tmp_path, char_model
 def test_a_checkpoint_that_is_not_there_never_means_a_new_run(char_model):
     config = write_config(char_model)
     for name, message in (
-        ("last", "no run in runs/small has a last.ckpt"),
-        ("best", "no run in runs/small has a best.ckpt"),
-        ("nowhere.ckpt", "no such file"),
+        ("last", "no run in runs/small has a checkpoint of that kind"),
+        ("best", "no run in runs/small has a checkpoint of that kind"),
+        ("nowhere", "there is no such checkpoint"),
     ):
         with pytest.raises(SystemExit, match=f"error: --ckpt_path {name}: .*{message}"):
             run("fit", "--config", config, "--ckpt_path", name)
@@ -341,7 +344,7 @@ def test_validate_test_and_predict_measure_a_checkpoint_with_the_configuration_o
     run("fit", "--config", write_config(char_model))
     Path("config.yaml").unlink()
     metrics = (VERSION_0 / "metrics.csv").read_text()
-    last = str(VERSION_0 / "checkpoints/last.ckpt")
+    last = str(VERSION_0 / "checkpoints/last")
     after = train_rows(VERSION_0 / "metrics.csv", "val/reward")[-1][1]
     capsys.readouterr()
     run("validate", "--ckpt_path", last)
@@ -356,7 +359,7 @@ def test_validate_test_and_predict_measure_a_checkpoint_with_the_configuration_o
 
 def test_predict_writes_a_line_of_json_per_completion(char_model):
     run("fit", "--config", write_config(char_model))
-    last = str(VERSION_0 / "checkpoints/last.ckpt")
+    last = str(VERSION_0 / "checkpoints/last")
     run("predict", "--ckpt_path", last, "--data.predict_data", "val.jsonl")
     lines = (VERSION_0 / "predict/predictions.jsonl").read_text().splitlines()
     rows = [json.loads(line) for line in lines]
@@ -449,7 +452,7 @@ def test_the_number_of_threads_is_set(char_model):
 def test_a_resume_that_fails_to_start_leaves_the_run_as_it_was(char_model):
     config = write_config(char_model)
     run("fit", "--config", config)
-    last = VERSION_0 / "checkpoints/last.ckpt"
+    last = VERSION_0 / "checkpoints/last"
     files = {path: path.read_bytes() for path in VERSION_0.rglob("*") if path.is_file()}
     # Some of these fail when a part of the checkpoint is restored already.
     for options in (["--model.lora.rank", "4"], ["--data.seed", "7"], ["--model.beta", "x"]):
@@ -459,7 +462,7 @@ def test_a_resume_that_fails_to_start_leaves_the_run_as_it_was(char_model):
         assert {path: kept.get(path) for path in files} == files
         assert not [path for path in kept if path.name.startswith("config_resume")]
     run("fit", "--ckpt_path", str(last), "--trainer.max_steps", "8")
-    assert torch.load(last, weights_only=True)["global_step"] == 8
+    assert read_saved(last)["global_step"] == 8
 
 
 def test_the_option_of_the_readme_names_a_reward(char_model):

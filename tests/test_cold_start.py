@@ -98,7 +98,7 @@ def test_the_reference_is_the_policy_after_the_cold_start(char_model):
 
 
 def test_a_resumed_run_is_not_started_cold_again(char_model, tmp_path):
-    checkpoint = str(tmp_path / "a.ckpt")
+    checkpoint = str(tmp_path / "a")
     module = make_module(char_model)
     trainer = make_trainer(callbacks=[ColdStart(ROWS, num_steps=2)], max_steps=1, max_epochs=-1)
     trainer.fit(module, make_data())

@@ -11,6 +11,7 @@ import torch
 from distributed_runs import same_bits
 from lightning.pytorch import Trainer
 from runs import make_data, make_module, make_trainer
+from saved import read_saved
 from switch_runs import STOPS, switching_fit
 from torch import Tensor, nn
 from transformers import (
@@ -479,13 +480,13 @@ def everything(module: GRPOModule) -> dict[str, Tensor]:
 def test_a_critic_is_in_the_checkpoint_and_in_nobodys_way(char_model, form, tmp_path: Path):
     module, trainer = ppo_module(char_model, form), ppo_trainer()
     trainer.fit(module, datamodule=make_data())
-    path = str(tmp_path / "a.ckpt")
+    path = str(tmp_path / "a")
     trainer.save_checkpoint(path)
     assert module.critic is not None
     mine = {id(p) for p in critic_parameters(module.critic, module.policy)}
     names = [name for name, p in module.named_parameters() if id(p) in mine]
     assert len(names) == {"head": 2, "lora": 30, "separate": 28}[form]
-    saved = torch.load(path, weights_only=True)["state_dict"]
+    saved = read_saved(path)["state_dict"]
     weights = everything(module)
     for name in names:
         assert torch.equal(saved[name], weights[name]) and saved[name].any(), name
@@ -541,10 +542,10 @@ def test_a_module_that_was_fitted_can_be_measured_from_a_checkpoint_with_a_criti
         )
         assert module.stage == stage
         for iteration in (1, 4):
-            path = f"{tmp_path}/{iteration}.ckpt"
+            path = f"{tmp_path}/{iteration}"
             data = make_data(val_data=rows)
             trainer.validate(module, datamodule=data, ckpt_path=path, verbose=False)
-            saved = torch.load(path, weights_only=True)["state_dict"]
+            saved = read_saved(path)["state_dict"]
             name = "policy.model.model.norm.weight"
             assert torch.equal(module.state_dict()[name], saved[name])
             assert (module.critic is not None) == (stage == "ppo")

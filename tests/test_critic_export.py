@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from command_lines import run, write_config
+from saved import read_saved
 from transformers import AutoModelForTokenClassification, AutoTokenizer
 
 from lightning_grpo.adapters import Lora
@@ -62,10 +63,10 @@ def test_the_critic_of_a_checkpoint_is_exported_by_one_command(
         switch={"algorithm": "ppo"},
     )
     run("fit", "--config", config)
-    checkpoint = "runs/small/version_0/checkpoints/last.ckpt"
+    checkpoint = "runs/small/version_0/checkpoints/last"
     run("export_critic", "--ckpt_path", checkpoint, "--out", "critic")
     assert "wrote critic: its values are within" in capsys.readouterr().out
-    bias = torch.load(checkpoint, weights_only=True)["state_dict"]["critic.head.bias"]
+    bias = read_saved(checkpoint)["state_dict"]["critic.head.bias"]
     model = AutoModelForTokenClassification.from_pretrained("critic")
     assert torch.equal(model.score.bias.detach(), bias) and float(bias.abs()) > 0
 
@@ -76,9 +77,9 @@ def test_a_checkpoint_without_a_critic_is_refused(char_model, tmp_path: Path, ca
         run(
             "export_critic",
             "--ckpt_path",
-            "runs/small/version_0/checkpoints/last.ckpt",
+            "runs/small/version_0/checkpoints/last",
             "--out",
             "critic",
         )
     with pytest.raises(SystemExit, match="no such checkpoint file"):
-        run("export_critic", "--ckpt_path", "nowhere.ckpt", "--out", "critic")
+        run("export_critic", "--ckpt_path", "nowhere", "--out", "critic")

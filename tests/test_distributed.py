@@ -84,7 +84,7 @@ class SaveAfterFirst(Checkpoint):
 
 def run_all(model: str, strategy: str, folder: str) -> dict[str, Any]:
     """One whole run that saves on its way, a resumed one, and a validation."""
-    path = f"{folder}/{strategy}.ckpt"
+    path = f"{folder}/{strategy}"
     whole = fit(model, strategy, save_to=path)
     resumed = fit(model, strategy, resume_from=path)
     record = whole[2]

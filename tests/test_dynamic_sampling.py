@@ -293,7 +293,7 @@ def test_bad_options_are_refused(char_model):
 def test_a_resumed_run_goes_on_after_the_prompts_that_refills_took(char_model, tmp_path):
     reward = solved_sometimes(*range(1, 48, 3))
     options = {"reward": reward, "group_size": 2, "sampling": {"max_refills": 2}, "max_epochs": -1}
-    path = str(tmp_path / "half.ckpt")
+    path = str(tmp_path / "half")
 
     def fit(callbacks, max_steps, ckpt_path=None):
         trainer = make_trainer(callbacks=callbacks, max_steps=max_steps, **options)

@@ -12,6 +12,7 @@ import torch
 from command_lines import run, write_config
 from peft import AutoPeftModelForCausalLM
 from safetensors.torch import load_file, save_file
+from saved import read_saved
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
@@ -82,7 +83,7 @@ def write_run(model: str, *, lora: Lora | None = None) -> str:
     state = {f"policy.{n}": t for n, t in policy.state_dict().items() if not lora or "lora_" in n}
     counters = {"iterations": 2, "optimizer_steps": 4, "completions": 16, "tokens": 64}
     record = {"counters": counters, "stage": "grpo", "is_lora": lora is not None, "reference": {}}
-    path = "run/checkpoints/last.ckpt"
+    path = "run/checkpoints/last"
     torch.save({"state_dict": state, "lightning_grpo": record, "global_step": 4}, path)
     return path
 
@@ -104,7 +105,7 @@ def test_each_architecture_leaves_as_a_folder_that_transformers_loads(
     run("export", "--ckpt_path", path, "--out", "out", "--dtype", dtype)
     assert "wrote out" in capsys.readouterr().out
     loaded = AutoModelForCausalLM.from_pretrained("out")
-    saved = torch.load(path, weights_only=True)["state_dict"]
+    saved = read_saved(path)["state_dict"]
     weights = loaded.state_dict()
     assert {t.dtype for t in weights.values()} == {getattr(torch, dtype)}
     for name, tensor in weights.items():

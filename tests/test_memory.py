@@ -369,9 +369,7 @@ def test_more_devices_are_named_beside_adapters_and_only_on_gpus():
     limit = estimate_memory(sharded).peak
     text = advice(settings, limit)
     assert text.startswith("it would fit with model.lora.rank 16: ")
-    assert text.endswith(
-        f"; or with ModelParallelStrategy (FSDP2) on 4 devices: {limit / 1e9:.3f} GB"
-    )
+    assert text.endswith(f"; or with trainer.strategy fsdp2 on 4 devices: {limit / 1e9:.3f} GB")
     assert "devices" not in advice(replace(settings, is_cuda=False), limit)
 
 

@@ -4,19 +4,19 @@ import csv
 from pathlib import Path
 
 import pytest
-import torch
 
+from lightning_grpo.checkpoint_paths import run_dir_of
+from lightning_grpo.checkpoints.io import FolderCheckpointIO
 from lightning_grpo.run_files import (
     ResumableCSVLogger,
+    ResumePoint,
     Run,
     choose_run_dir,
     config_file_name,
     find_checkpoint,
     newest_config,
     remove_if_nothing_ran,
-    run_dir_of,
     run_loggers,
-    saved_step,
 )
 
 
@@ -42,27 +42,48 @@ def test_a_name_outside_of_the_folder_of_runs_is_refused(name):
         Run(name=name)
 
 
+def save(path: str) -> str:
+    FolderCheckpointIO().save_checkpoint({"global_step": int(path[-6:])}, path)
+    return path
+
+
 def test_last_and_best_are_those_of_the_newest_run_that_has_one():
     run = Run(name="a")
-    first = touch("runs/a/version_0/checkpoints/last.ckpt")
-    newest = touch("runs/a/version_10/checkpoints/last.ckpt")
-    best = touch("runs/a/version_9/checkpoints/best.ckpt")
+    first = save("runs/a/version_0/checkpoints/last-000003")
+    newest = save("runs/a/version_10/checkpoints/last-000002")
+    best = save("runs/a/version_9/checkpoints/best-000002")
     Path("runs/a/version_11").mkdir()
     assert find_checkpoint("last", run) == newest
+    assert find_checkpoint("auto", run) == newest
     assert find_checkpoint("best", run) == best
-    assert find_checkpoint(str(first), run) == first
-    with pytest.raises(ValueError, match=r"no run in runs/b has a last\.ckpt"):
+    assert find_checkpoint(first, run) == first
+    assert find_checkpoint("runs/a/version_9/checkpoints/best", run) == best
+    assert find_checkpoint("auto", Run(name="b")) is None
+    with pytest.raises(ValueError, match="no run in runs/b has a checkpoint of that kind"):
         find_checkpoint("last", Run(name="b"))
-    with pytest.raises(ValueError, match="no such file or folder"):
-        find_checkpoint("runs/a/version_0/checkpoints/best.ckpt", run)
+    with pytest.raises(ValueError, match="there is no such checkpoint; .*/auto takes the newest"):
+        find_checkpoint("runs/a/version_0/checkpoints/best-000003", run)
+    with pytest.raises(ValueError, match="of a run take .*: runs/a/version_0/checkpoints/last"):
+        find_checkpoint("runs/a/version_0", run)
+
+
+def test_a_run_whose_only_checkpoint_is_broken_is_not_passed_over():
+    save("runs/a/version_0/checkpoints/last-000003")
+    Path(save("runs/a/version_1/checkpoints/last-000002"), "state.json").unlink()
+    for wanted in ("last", "auto"):
+        with (
+            pytest.warns(UserWarning, match="last-000002 is left out"),
+            pytest.raises(ValueError, match=f"--ckpt_path {wanted}: .*holds no complete"),
+        ):
+            find_checkpoint(wanted, Run(name="a"))
 
 
 def test_a_resumed_run_keeps_its_folder_and_any_other_gets_a_new_one():
-    inside = touch("elsewhere/a/version_3/checkpoints/last.ckpt")
+    inside = "elsewhere/a/version_3/checkpoints/last-000004"
     assert run_dir_of(inside) == Path("elsewhere/a/version_3")
-    assert run_dir_of(inside.absolute()) == Path("elsewhere/a/version_3").absolute()
+    assert run_dir_of(str(Path(inside).absolute())) == Path("elsewhere/a/version_3").absolute()
     assert choose_run_dir(Run(name="a"), inside) == Path("elsewhere/a/version_3")
-    loose = touch("downloads/model.ckpt")
+    loose = "downloads/model"
     assert run_dir_of(loose) is None
     assert choose_run_dir(Run(name="a"), loose) == Path("runs/a/version_0")
     assert choose_run_dir(Run(name="a"), None) == Path("runs/a/version_0")
@@ -80,22 +101,15 @@ def test_no_resume_overwrites_a_configuration():
     assert newest_config(folder) == tenth
 
 
-def test_the_step_of_a_checkpoint_file_or_folder_is_read():
-    torch.save({"global_step": 7, "weights": torch.zeros(3)}, "file.ckpt")
-    Path("folder.ckpt").mkdir()
-    torch.save({"global_step": 9}, "folder.ckpt/meta.pt")
-    assert saved_step(Path("file.ckpt")) == 7
-    assert saved_step(Path("folder.ckpt")) == 9
-
-
 def rows_of(file: str) -> list[dict[str, str]]:
     with Path(file).open(newline="") as stream:
         return list(csv.DictReader(stream))
 
 
-def log_steps(steps: range, resume_step: int | None, **metrics: float) -> None:
+def log_steps(steps: range, num_rows: int | None, **metrics: float) -> None:
+    resume = None if num_rows is None else ResumePoint(num_rows, num_rows)
     logger = ResumableCSVLogger(
-        ".", name="a", version="v", flush_logs_every_n_steps=1, resume_step=resume_step
+        ".", name="a", version="v", flush_logs_every_n_steps=1, resume=resume
     )
     for step in steps:
         logger.log_metrics({"loss": float(step)} | metrics, step)

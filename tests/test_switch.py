@@ -142,7 +142,7 @@ def test_a_run_resumes_to_the_same_bits_before_in_and_after_each_switch(
     char_model, whole_runs, form, iteration
 ):
     folder, end, *_ = whole_runs[form]
-    path = f"{folder}/{iteration}.ckpt"
+    path = f"{folder}/{iteration}"
     trainer, module, _, stages = switching_fit(char_model, form=form, resume_from=path)
     assert stages.stages == STAGES[iteration:]
     again = end_of(trainer, module)
@@ -249,7 +249,7 @@ def test_while_the_critic_warms_up_the_policy_rests(char_model, form, tmp_path: 
     assert "value/loss" in record.outputs[0].metrics
 
     for iteration in (1, 2) if form == "head" else (1,):
-        again = switching_fit(char_model, resume_from=f"{save_to}/{iteration}.ckpt", **options)
+        again = switching_fit(char_model, resume_from=f"{save_to}/{iteration}", **options)
         assert again[3].stages == stages.stages[iteration:]
         assert same_bits(end_of(*again[:2])["weights"], end_of(trainer, module)["weights"])
 
@@ -587,7 +587,7 @@ def test_a_failure_that_is_in_a_checkpoint_is_known_to_the_resumed_run(char_mode
         )
     assert stages.stages == ["grpo", "handover", "handover", "ppo", "grpo", "grpo", "grpo"]
     for iteration in (4, 5):
-        path = f"{tmp_path}/{iteration}.ckpt"
+        path = f"{tmp_path}/{iteration}"
         *again, _, stages = switching_fit(char_model, switch=ppo_from(0), resume_from=path)
         assert stages.stages == ["grpo"] * (7 - iteration)
         assert same_bits(end_of(*again)["weights"], end_of(*whole)["weights"])
@@ -649,7 +649,7 @@ def test_in_half_precision_a_critic_is_the_same_whenever_it_is_made(char_model, 
     if form == "head":
         expected.discard((False, torch.bfloat16))
     assert dtypes_of(early) == dtypes_of(late[1]) == expected
-    again = switching_fit(char_model, resume_from=f"{tmp_path}/2.ckpt", **options)
+    again = switching_fit(char_model, resume_from=f"{tmp_path}/2", **options)
     assert same_bits(end_of(*again[:2])["weights"], end_of(*late)["weights"])
 
 
@@ -845,9 +845,9 @@ def test_a_run_that_cannot_work_is_refused_at_its_start(
 def test_a_checkpoint_with_another_critic_is_refused(char_model, whole_runs):
     folder = whole_runs["head"][0]
     with pytest.raises(ValueError, match="critic of form head, but model.critic.form is separate"):
-        switching_fit(char_model, form="separate", resume_from=f"{folder}/4.ckpt")
+        switching_fit(char_model, form="separate", resume_from=f"{folder}/4")
     # Where there is none, the form is free.
-    *_, stages = switching_fit(char_model, form="separate", resume_from=f"{folder}/1.ckpt")
+    *_, stages = switching_fit(char_model, form="separate", resume_from=f"{folder}/1")
     assert stages.stages == STAGES[1:]
 
 

@@ -139,7 +139,7 @@ def run_all(model: str, folder: str) -> dict[Any, Any]:
         found[strategy, "validation"] = trainer.validate(
             make_module(model, critic=CriticSettings("head")),
             datamodule=make_data(val_data=VAL),
-            ckpt_path=f"{folder}/{strategy}-head/4.ckpt",
+            ckpt_path=f"{folder}/{strategy}-head/4",
             verbose=False,
         )[0]
     return found

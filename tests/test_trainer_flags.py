@@ -19,6 +19,7 @@ import torch
 from distributed_runs import Record, same_bits, weights_of
 from lightning.pytorch.strategies import FSDPStrategy
 from runs import make_data, make_trainer
+from saved import read_saved
 from torch import Tensor
 
 from lightning_grpo.cli import main
@@ -219,8 +220,8 @@ SMALL = [
 
 def fit_from_the_command_line(*flags: str) -> dict[str, Any]:
     main(["fit", *SMALL, *flags])
-    (path,) = Path("runs").rglob("last.ckpt")
-    checkpoint = torch.load(path, weights_only=True)
+    (path,) = Path("runs").rglob("last-*")
+    checkpoint = read_saved(path)
     with path.parents[1].joinpath("metrics.csv").open() as file:
         rows = list(csv.DictReader(file))
     return {

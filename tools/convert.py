@@ -15,9 +15,10 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
 from lightning_grpo.adapters import Lora
+from lightning_grpo.checkpoint_paths import run_dir_of
 from lightning_grpo.checkpoints import write_checkpoint
-from lightning_grpo.checkpoints.files import locate, names_in
 from lightning_grpo.checkpoints.folder import kind_of, next_serial
+from lightning_grpo.checkpoints.places import locate, names_in
 from lightning_grpo.importing import (
     LoraSettings,
     Matched,
@@ -37,7 +38,7 @@ from lightning_grpo.importing import (
     write_model_folder,
 )
 from lightning_grpo.importing.disk_names import as_on_disk, loads_as_it_is
-from lightning_grpo.run_files import newest_config, run_dir_of
+from lightning_grpo.run_files import newest_config
 
 Target = Literal["transformers", "peft", "checkpoint"]
 Dtype = Literal["keep", "float32", "bfloat16", "float16"]
@@ -212,7 +213,7 @@ def run_section(place: str) -> dict[str, Any]:
     Returns:
         The section `model`; empty when there is no run around it.
     """
-    run_dir = run_dir_of(Path(place)) if "://" not in place else None
+    run_dir = run_dir_of(place)
     path = newest_config(run_dir) if run_dir is not None else None
     if path is None:
         return {}

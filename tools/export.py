@@ -11,12 +11,12 @@ from typing import Any, Literal
 
 from torch import nn
 
+from lightning_grpo.checkpoint_paths import run_dir_of
 from lightning_grpo.export.card import write_card
 from lightning_grpo.export.proof import Proof, prove
 from lightning_grpo.importing import check_free
 from lightning_grpo.policy import load_policy
 from lightning_grpo.prompts import prepare_prompts
-from lightning_grpo.run_files import run_dir_of
 from lightning_grpo.saved_run import KEY, read_checkpoint
 from lightning_grpo.sources import read_rows
 from lightning_grpo.tools.convert import convert_quietly
@@ -102,9 +102,9 @@ def describe(folder: Path, trained: Trained, ckpt_path: str, proof: Proof) -> No
         proof: of the folder.
     """
     assert trained.run is not None
-    state = read_checkpoint(Path(ckpt_path))
+    state = read_checkpoint(ckpt_path)
     record = state[KEY]
-    run_dir = run_dir_of(Path(ckpt_path))
+    run_dir = run_dir_of(ckpt_path)
     write_card(
         folder,
         options=plain({k: v for k, v in trained.run.as_dict().items() if k != "config"}),

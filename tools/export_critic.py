@@ -8,13 +8,14 @@ from typing import Any
 import torch
 
 from lightning_grpo.checkpoint_paths import run_dir_of
+from lightning_grpo.checkpoints import Checkpoint, open_checkpoint, resolve_checkpoint
 from lightning_grpo.critic import CriticSettings, make_critic
 from lightning_grpo.critic_export import write_critic
 from lightning_grpo.paths import resolve_package_path
 from lightning_grpo.policy import load_policy
 from lightning_grpo.reference import frozen_reference_hash
 from lightning_grpo.run_files import newest_config
-from lightning_grpo.saved_run import KEY, read_checkpoint
+from lightning_grpo.saved_run import KEY
 from lightning_grpo.tokenizing import load_tokenizer
 from lightning_grpo.tools.run_config import critic_settings, lora_of, read_run_config
 
@@ -30,24 +31,20 @@ def export_critic(ckpt_path: str, out: str, config: str | None = None) -> None:
         out: folder to write to.
         config: the run's configuration; the one that the run left beside its checkpoints when null.
     """
-    path = Path(ckpt_path)
-    if path.is_dir():
-        raise ValueError(
-            f"--ckpt_path {ckpt_path} is a sharded checkpoint, but export_critic reads files: "
-            "save one with save_distributed_checkpoint false in trainer.strategy"
-        )
-    if not path.is_file():
-        raise ValueError(f"--ckpt_path {ckpt_path}: there is no such checkpoint file")
-    saved = read_checkpoint(path)[KEY]
+    try:
+        checkpoint = open_checkpoint(resolve_checkpoint(ckpt_path))
+    except FileNotFoundError as error:
+        raise ValueError(f"--ckpt_path {ckpt_path}: {error}") from error
+    saved = checkpoint.read_state()[KEY]
     if saved["stage"] == "grpo":
         raise ValueError(f"{ckpt_path} holds no critic: its run was on GRPO when it was saved")
-    run = read_run_config(["--config", str(config or _config_of(path))])
+    run = read_run_config(["--config", str(config or _config_of(checkpoint.url))])
     settings = critic_settings(run.model.get("critic"))
     if settings is None:
         raise ValueError("model.critic is not set in the run's configuration")
     # Random weights that a LoRA run has not saved come back with its seed.
     torch.manual_seed(run.rollout.seed if run.rollout.seed is not None else run.seed_everything)
-    write_from(path, run.model, settings, Path(out), base_sha256=base_hash(saved))
+    write_from(checkpoint, run.model, settings, Path(out), base_sha256=base_hash(saved))
 
 
 def base_hash(saved: dict[str, Any]) -> str:
@@ -57,12 +54,17 @@ def base_hash(saved: dict[str, Any]) -> str:
 
 
 def write_from(
-    path: Path, options: Any, settings: CriticSettings, folder: Path, *, base_sha256: str = ""
+    checkpoint: Checkpoint,
+    options: Any,
+    settings: CriticSettings,
+    folder: Path,
+    *,
+    base_sha256: str = "",
 ) -> None:
     """Load the critic of a checkpoint and write it.
 
     Args:
-        path: of the checkpoint.
+        checkpoint: whose weights are read.
         options: the section `model` of the run's configuration.
         settings: of the critic.
         folder: to write to.
@@ -83,20 +85,22 @@ def write_from(
     if base_sha256 and frozen_reference_hash(policy) != base_sha256:
         raise ValueError("model.name_or_path does not hold the base that the run was trained on")
     critic = make_critic(settings, policy, tokenizer)
-    state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["state_dict"]
+    state = dict(checkpoint.read_weights())
     for prefix, module in (("policy.", policy), ("critic.", critic)):
         part = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
         wrong = module.load_state_dict(part, strict=False)
         # A checkpoint of a LoRA run holds adapters only.
         missing = [name for name in wrong.missing_keys if not policy.is_lora or ".lora_" in name]
         if missing or wrong.unexpected_keys:
-            raise ValueError(f"{path} does not fit the run's configuration: {missing[:3]} missing")
+            raise ValueError(
+                f"{checkpoint.url} does not fit the run's configuration: {missing[:3]} missing"
+            )
     difference = write_critic(critic.eval(), policy.eval(), tokenizer, folder)
     print(f"wrote {folder}: its values are within {difference:.1e} of the critic's")
 
 
-def _config_of(path: Path) -> Path:
-    run_dir = run_dir_of(str(path))
+def _config_of(path: str) -> Path:
+    run_dir = run_dir_of(path)
     found = newest_config(run_dir) if run_dir is not None else None
     if found is None:
         raise ValueError(f"there is no configuration beside {path}: name it with --config")

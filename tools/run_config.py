@@ -248,6 +248,6 @@ def _sharding(strategy: Any, num_devices: int) -> Sharding:
     name = strategy if isinstance(strategy, str) else strategy.class_path
     if name.startswith("ddp") or name.endswith("DDPStrategy"):
         return "ddp"
-    if name.endswith(("ModelParallelStrategy", "ShardedStrategy")):
+    if name == "fsdp2" or name.endswith("ShardedStrategy"):
         return "fsdp2"
     return "ddp" if num_devices > 1 else "none"

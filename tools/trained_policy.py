@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from jsonargparse import Namespace
 from transformers import PreTrainedTokenizerBase
 
+from lightning_grpo.checkpoint_paths import run_dir_of
 from lightning_grpo.importing import Source, open_source
 from lightning_grpo.paths import resolve_package_path
 from lightning_grpo.policy import Policy, load_policy
 from lightning_grpo.reference import frozen_reference_hash
-from lightning_grpo.run_files import newest_config, run_dir_of
+from lightning_grpo.run_files import newest_config
 from lightning_grpo.saved_run import KEY, read_checkpoint
 from lightning_grpo.tokenizing import load_tokenizer
 from lightning_grpo.tools.run_config import lora_of, read_run_config
@@ -58,7 +58,7 @@ def load_trained(ckpt_path: str, config: str | None = None) -> Trained:
         dtype=options.dtype,
         lora=lora_of(options.lora),
     )
-    record = read_checkpoint(Path(source.place)).get(KEY)
+    record = read_checkpoint(source.place).get(KEY)
     if record is None:
         raise ValueError(f"{ckpt_path} is no checkpoint of a run of lightning_grpo")
     reference = record["reference"]
@@ -97,7 +97,7 @@ def run_of(checkpoint: str, config: str | None) -> Namespace:
         ValueError: none is beside the checkpoint.
     """
     if config is None:
-        run_dir = run_dir_of(Path(checkpoint))
+        run_dir = run_dir_of(checkpoint)
         found = newest_config(run_dir) if run_dir is not None else None
         if found is None:
             raise ValueError(

@@ -22,8 +22,14 @@ from lightning_grpo.checkpoints.store import Sections, open_checkpoint, write_ch
 class FolderCheckpointIO(CheckpointIO):
     """Saves what Lightning gives it as a checkpoint folder, and loads such folders.
 
-    A callback installs it in `setup`: `trainer.strategy.checkpoint_io = FolderCheckpointIO()`.
+    GRPOModule installs it in `setup`: `trainer.strategy.checkpoint_io = FolderCheckpointIO()`.
+
+    Args:
+        reads_optimizers: False leaves the moments out of what is loaded, to measure a policy.
     """
+
+    def __init__(self, *, reads_optimizers: bool = True) -> None:
+        self.reads_optimizers = reads_optimizers
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: _PATH, storage_options: Any | None = None
@@ -53,7 +59,8 @@ class FolderCheckpointIO(CheckpointIO):
         Returns:
             What was saved.
         """
-        sections = open_checkpoint(resolve_checkpoint(path)).read_all()
+        found = open_checkpoint(resolve_checkpoint(path))
+        sections = found.read_all(with_optimizers=self.reads_optimizers)
         checkpoint = sections.state
         if sections.weights is not None:
             checkpoint["state_dict"] = sections.weights

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
 from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch.core.optimizer import LightningOptimizer
-from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
 from lightning.pytorch.trainer.states import TrainerFn
 from torch.optim import Optimizer
 
@@ -20,6 +20,8 @@ from lightning_grpo.checkpoints.ranks import load_sharded, save_sharded
 
 class ShardedStrategy(ModelParallelStrategy):
     """FSDP2 over all devices, with checkpoints that every other strategy reads too.
+
+    `trainer.strategy fsdp2` means this one.
 
     Args:
         data_parallel_size: ranks that the model is sharded over; auto takes all.
@@ -91,3 +93,6 @@ class ShardedStrategy(ModelParallelStrategy):
         """Remove a checkpoint; nothing to do when it is gone."""
         if self.is_global_zero:
             remove_checkpoint(filepath)
+
+
+StrategyRegistry.register("fsdp2", ShardedStrategy, override=True)

@@ -128,10 +128,18 @@ class Checkpoint:
         for name in names:
             yield name, found.read(name)
 
-    def read_all(self) -> Sections:
-        """Everything, checked against its hashes; weights of local files as views of them."""
+    def read_all(self, *, with_optimizers: bool = True) -> Sections:
+        """Everything, checked against its hashes.
+
+        Args:
+            with_optimizers: False leaves their states unread.
+
+        Returns:
+            The content; weights of local files are views of them.
+        """
         plain = self._read_plain()
-        weights, optimizers = plain.get("weights"), plain.get("optimizers")
+        weights = plain.get("weights")
+        optimizers = plain.get("optimizers") if with_optimizers else None
         return Sections(
             self._decode(plain["state"], "state"),
             None if weights is None else self._decode(weights, "weights"),

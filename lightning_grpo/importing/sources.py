@@ -13,8 +13,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lightning_grpo.checkpoints import Checkpoint, open_checkpoint, resolve_checkpoint
-from lightning_grpo.checkpoints.files import locate, num_bytes
 from lightning_grpo.checkpoints.manifest import MANIFEST
+from lightning_grpo.checkpoints.places import locate, names_in
 from lightning_grpo.checkpoints.tensor_file import DTYPES
 from lightning_grpo.importing.dcp import METADATA, read_dcp
 from lightning_grpo.importing.lazy import LazyTensor, Weights, of_tensor
@@ -58,8 +58,9 @@ def open_source(path: str) -> Source:
         ValueError: there is nothing that is known here, or it is damaged or refused.
     """
     place = locate(path)
-    is_logical = place.name in ("last", "best", "auto") and num_bytes(place / MANIFEST) is None
-    if num_bytes(place / MANIFEST) is not None or (is_logical and not Path(path).exists()):
+    has_manifest = MANIFEST in names_in(place)
+    is_logical = place.name in ("last", "best", "auto") and not has_manifest
+    if has_manifest or (is_logical and not Path(path).exists()):
         return _open_own(path)
     folder = Path(path)
     if folder.is_file():

@@ -209,7 +209,7 @@ def _more_devices(settings: MemorySettings) -> Iterator[Change]:
     while num_devices <= _MOST_DEVICES:
         prompts = max(settings.prompts * now // num_devices, 1)
         yield Change(
-            f"ModelParallelStrategy (FSDP2) on {num_devices} devices",
+            f"trainer.strategy fsdp2 on {num_devices} devices",
             replace(settings, sharding="fsdp2", num_devices=num_devices, prompts=prompts),
         )
         num_devices *= 2

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -46,7 +45,7 @@ def write_mark(module: GRPOModule, checkpoint: dict[str, Any]) -> None:
     data = module.trainer.datamodule  # type: ignore[attr-defined]
     if data is not None and mark.data:
         checkpoint[type(data).__qualname__] = mark.data
-    checkpoint[KEY] = mark.record | {"saved_at": time.time(), "mark": state_of(module, mark)}
+    checkpoint[KEY] = mark.record | {"mark": state_of(module, mark)}
 
 
 def state_of(module: GRPOModule, mark: Mark) -> dict[str, Any]:
