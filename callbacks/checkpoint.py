@@ -67,6 +67,7 @@ class IterationCheckpoint(Checkpoint):
         self.saved_urls: dict[Kind, str] = {}
         """The newest checkpoint of each kind that this fit has written."""
         self._saved_mark = 0
+        self._saved: tuple[Any, ...] = ()
         self._beta = 0.0
         self._saved_beta: float | None = None
         self._options: list[dict[str, Any]] = []
@@ -75,7 +76,7 @@ class IterationCheckpoint(Checkpoint):
         """Find the run's folder, and note the configured beta before a checkpoint is loaded."""
         self.folder = checkpoint_dir(Path(trainer.log_dir or trainer.default_root_dir))
         self._beta = module.beta
-        self._saved_mark = 0
+        self._saved_mark, self._saved = 0, ()
         self.saved_urls = {}
         module.force_resume = self.force_resume
         if stage == "fit":
@@ -122,8 +123,9 @@ class IterationCheckpoint(Checkpoint):
             self.save(trainer, module, "iteration")
 
     def on_train_end(self, trainer: L.Trainer, module: GRPOModule) -> None:
-        """Save the end of the run, when it is not saved as it is."""
-        if self.has_news(trainer, module):
+        """Save the end of the run, when these weights are not saved yet."""
+        mark = module.marks.last
+        if self.has_news(trainer, module) and mark is not None and mark.weights != self._saved:
             self.save(trainer, module, "last")
 
     def on_validation_end(self, trainer: L.Trainer, module: GRPOModule) -> None:
@@ -188,7 +190,7 @@ class IterationCheckpoint(Checkpoint):
                 prune(self.folder, kind, 1)
         self.saved_urls[kind] = url
         if kind == "last" and module.marks.last is not None:
-            self._saved_mark = module.marks.last.serial
+            self._saved_mark, self._saved = module.marks.last.serial, module.marks.last.weights
 
     def state_dict(self) -> dict[str, Any]:
         """The best score, which a resumed run has to reach, and the beta that was asked for."""

@@ -231,7 +231,7 @@ class AlgorithmSwitch(L.Callback):
             f"iteration {number}: {WORDS[before]} -> {WORDS[stage]}: {self._reason}. "
             f"{self._evidence_text}"
         )
-        if module.trainer.is_global_zero and module.trainer.loggers and module.trainer.log_dir:
+        if module.trainer.is_global_zero and module.trainer.loggers:
             entry: dict[str, Any] = {"iteration": number, "from": before, "to": stage}
             entry["reason"] = self._reason
             entry["evidence"] = self._evidence_numbers

@@ -35,6 +35,7 @@ from switch_runs import STOPS, PPOBetween
 
 from lightning_grpo.adapters import Lora
 from lightning_grpo.callbacks import HealthWarnings, IterationCheckpoint, ValidateAtEnds
+from lightning_grpo.checkpoint_paths import has_checkpoints
 from lightning_grpo.critic import CriticSettings
 from lightning_grpo.module import GRPOModule
 from lightning_grpo.run_files import ResumableCSVLogger, resume_point
@@ -281,10 +282,12 @@ def _be_child(folder: Path, job: Callable[[], None], rank: int | None, port: int
         code = 0
     except SIGTERMException:
         code = 143
-    except Stopped:
-        code = 3
-    except BaseException:
-        traceback.print_exc()
+    except BaseException as error:
+        # A reward function's own error is the cause of the one that names the function.
+        is_meant = isinstance(error, Stopped) or isinstance(error.__cause__, Stopped)
+        code = 3 if is_meant else 1
+        if not is_meant:
+            traceback.print_exc()
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
@@ -307,8 +310,8 @@ def stop_and_resume(model: str, name: str, folder: Path, stop: Stop) -> None:
     expected = EXIT_CODES[stop.how]
     # The other rank of an error of one says that another failed.
     assert expected in ends and 0 not in ends, f"{name}: {stop} ended with {ends}"
-    last = folder / "checkpoints" / "last"
-    ckpt_path = str(last) if last.exists() else None
+    last = f"{folder}/checkpoints/last"
+    ckpt_path = last if has_checkpoints(f"{folder}/checkpoints", "last") else None
     ends = run_child(folder, lambda: fit(model, case, folder, ckpt_path), num_ranks)
     assert ends == [0] * num_ranks, f"{name}: resumed from {stop} ended with {ends}"
 

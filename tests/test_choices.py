@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -170,6 +171,7 @@ def edited(path: str, **changes: Any) -> str:
     """The checkpoint with other choices."""
     content = read_saved(path)
     content["lightning_grpo"]["choices"].update(changes)
+    shutil.rmtree("edited", ignore_errors=True)
     FolderCheckpointIO().save_checkpoint(content, "edited")
     return "edited"
 

@@ -16,6 +16,7 @@ from command_lines import run, train_rows, write_config, write_jsonl
 from saved import read_saved
 
 from lightning_grpo.cli import SECTIONS, with_config
+from lightning_grpo.run_files import Run, find_checkpoint
 
 REPOSITORY = Path(__file__).parent.parent
 VERSION_0 = Path("runs/small/version_0")
@@ -123,7 +124,7 @@ def test_a_data_file_on_the_command_line_is_not_read_as_arguments(capsys, char_m
     assert printed["data"]["train_data"] == "rows.csv"
     assert printed["cold_start"]["demonstrations"] == "one.jsonl"
     run("fit", "--config", config, *options, "--cold_start.num_steps", "1")
-    assert (VERSION_0 / "checkpoints/last").exists()
+    assert find_checkpoint("last", Run(name="small"))
 
 
 # What a run leaves behind
@@ -302,7 +303,7 @@ def test_sigterm_saves_and_is_no_success(char_model):
         run("fit", "--config", write_config(char_model), "--trainer.max_steps", "8", terminate)
     assert stop.value.code == 143
     checkpoint = read_saved(VERSION_0 / "checkpoints/last")
-    assert checkpoint["global_step"] == 3
+    assert checkpoint["global_step"] == 2
 
 
 def test_other_data_and_another_model_are_refused_on_resume(tmp_path, char_model):
@@ -319,7 +320,7 @@ def test_other_data_and_another_model_are_refused_on_resume(tmp_path, char_model
     alphabet = "0123456789= abcdefghijklmnopqrstuvwxyz"
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_layers": 2, "num_heads": 2}
     write_tiny_model("same_shape", characters=alphabet, max_positions=64, seed=1, **sizes)
-    with pytest.raises(SystemExit, match="model.name_or_path does not hold the weights"):
+    with pytest.raises(SystemExit, match="made with another base model .model.name_or_path"):
         run(*resume, "--model.name_or_path", "same_shape")
 
 
