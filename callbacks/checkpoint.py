@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import Any, Literal
 
 import lightning as L
@@ -11,6 +10,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.trainer import call
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch.optim.lr_scheduler import LambdaLR
+from upath import UPath
 
 from lightning_grpo.checkpoint_paths import checkpoint_dir, shown
 from lightning_grpo.checkpoints import Metric, clean_litter, new_url, prune
@@ -74,7 +74,7 @@ class IterationCheckpoint(Checkpoint):
 
     def setup(self, trainer: L.Trainer, module: GRPOModule, stage: str) -> None:
         """Find the run's folder, and note the configured beta before a checkpoint is loaded."""
-        self.folder = checkpoint_dir(Path(trainer.log_dir or trainer.default_root_dir))
+        self.folder = checkpoint_dir(UPath(trainer.log_dir or trainer.default_root_dir))
         self._beta = module.beta
         self._saved_mark, self._saved = 0, ()
         self.saved_urls = {}

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 import lightning as L
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from upath import UPath
 
+from lightning_grpo.json_lines import append_text
 from lightning_grpo.module import GRPOModule
 from lightning_grpo.types import Rollout
 
@@ -23,12 +24,12 @@ class PredictionWriter(L.Callback):
 
     def __init__(self, path: str | None = None) -> None:
         self.path = path
-        self._file: Path | None = None
+        self._file: UPath | None = None
 
     def on_predict_start(self, trainer: L.Trainer, module: GRPOModule) -> None:
         """Open an empty file."""
         module.phase.enter("predicting")
-        file = Path(self.path) if self.path else module.run_dir / "predictions.jsonl"
+        file = UPath(self.path) if self.path else module.run_dir / "predictions.jsonl"
         if trainer.world_size > 1:
             file = file.with_suffix(f".{trainer.global_rank}{file.suffix}")
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -40,9 +41,10 @@ class PredictionWriter(L.Callback):
     ) -> None:
         """Append a batch."""
         assert self._file is not None
-        with self._file.open("a", encoding="utf-8") as file:
-            for row in range(len(outputs)):
-                file.write(json.dumps(prediction(outputs, row), default=str) + "\n")
+        lines = [
+            json.dumps(prediction(outputs, row), default=str) + "\n" for row in range(len(outputs))
+        ]
+        append_text(self._file, "".join(lines))
 
     def on_predict_end(self, trainer: L.Trainer, module: GRPOModule) -> None:
         """Say where the file is."""

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import time
-from pathlib import Path
 
 import lightning as L
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from rich.console import Console
 from rich.table import Table
+from upath import UPath
 
 from lightning_grpo.callbacks.validation import ValidateAtEnds
 from lightning_grpo.checkpoint_paths import checkpoint_dir, shown
@@ -82,7 +82,7 @@ def time_split(seconds: dict[str, float], total: float) -> str:
     return ", ".join(f"{name} {value:.1f} s ({value / total:.0%})" for name, value in parts)
 
 
-def file_lines(run_dir: Path) -> list[str]:
+def file_lines(run_dir: UPath) -> list[str]:
     """One line for each thing that the run has left behind.
 
     Args:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
+
+from upath import UPath
 
 from lightning_grpo.checkpoints.folder import kind_of
 from lightning_grpo.checkpoints.places import folders_in, locate
@@ -11,7 +12,7 @@ from lightning_grpo.checkpoints.places import folders_in, locate
 _FOLDER = "checkpoints"
 
 
-def checkpoint_dir(run_dir: Path) -> str:
+def checkpoint_dir(run_dir: UPath) -> str:
     """The folder of a run's checkpoints."""
     return str(run_dir / _FOLDER)
 
@@ -27,15 +28,13 @@ def has_checkpoints(folder: str, wanted: str) -> bool:
     return bool(kinds) if wanted == "auto" else wanted in kinds
 
 
-def run_dir_of(checkpoint: str) -> Path | None:
-    """The run's folder that a checkpoint lies in; None when it lies somewhere else, or in a URL.
+def run_dir_of(checkpoint: str) -> UPath | None:
+    """The run's folder that a checkpoint lies in; None when it lies somewhere else.
 
     Args:
         checkpoint: its path or URL.
     """
-    if "://" in checkpoint:
-        return None
-    path = Path(checkpoint)
+    path = UPath(checkpoint)
     folder = path.parent if path.parent.name else path.absolute().parent
     return folder.parent if folder.name == _FOLDER else None
 

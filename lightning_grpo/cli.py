@@ -15,6 +15,7 @@ from jsonargparse import lazy_instance
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from upath import UPath
 
 from lightning_grpo.algorithms import GRPO
 from lightning_grpo.callbacks import (
@@ -136,7 +137,7 @@ class GRPOCLI(LightningCLI):
             return None
         found = find_checkpoint(ckpt_path, run)
         if found is None:
-            message = f"--ckpt_path {ckpt_path}: no run in {Path(run.root_dir) / run.name} has any"
+            message = f"--ckpt_path {ckpt_path}: no run in {run.folder} has any"
             if self.subcommand != "fit":
                 raise ValueError(message)
             rank_zero_info(f"{message}: a new run begins")
@@ -209,7 +210,7 @@ def with_config(args: Sequence[str]) -> list[str]:
     return args if config is None else [args[0], "--config", str(config), *args[1:]]
 
 
-def _implied_config(args: Sequence[str]) -> Path | None:
+def _implied_config(args: Sequence[str]) -> Path | UPath | None:
     quickstart = Path(str(files("lightning_grpo").joinpath("conf/quickstart.yaml")))
     ckpt_path = _value_of("--ckpt_path", args)
     if ckpt_path is None:

@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from upath import UPath
+
 
 class JsonLines:
     """Appends entries, and counts them, so that a checkpoint can say how many there were.
@@ -20,7 +22,7 @@ class JsonLines:
         """Lines that belong to the run; others in the file are those of a future that is undone."""
         self._is_whole = True
 
-    def append(self, folder: Path, entry: dict[str, Any]) -> None:
+    def append(self, folder: UPath, entry: dict[str, Any]) -> None:
         """Write an entry.
 
         Args:
@@ -28,12 +30,10 @@ class JsonLines:
             entry: what to write.
         """
         self.cut(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        with (folder / self.name).open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(entry) + "\n")
+        append_text(folder / self.name, json.dumps(entry) + "\n")
         self.num_lines += 1
 
-    def cut(self, folder: Path) -> None:
+    def cut(self, folder: UPath) -> None:
         """Drop what a run has written after the checkpoint it is resumed from, once.
 
         Args:
@@ -58,3 +58,19 @@ class JsonLines:
             num_lines: that its checkpoint says there were.
         """
         self.num_lines, self._is_whole = num_lines, False
+
+
+def append_text(path: UPath, text: str) -> None:
+    """Append to a file, which is made with its folder when it is not there.
+
+    Args:
+        path: local, or on a store, where it is written again as a whole: few can append.
+        text: what to add.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if isinstance(path, Path):
+        with path.open("a", encoding="utf-8") as stream:
+            stream.write(text)
+        return
+    before = path.read_text(encoding="utf-8") if path.exists() else ""
+    path.write_text(before + text, encoding="utf-8")

@@ -16,7 +16,6 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 import lightning as L
@@ -25,6 +24,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torchmetrics import MetricCollection
 from transformers import PreTrainedTokenizerBase, TrainerState
+from upath import UPath
 
 from lightning_grpo.adapters import Lora
 from lightning_grpo.algorithms import GRPO, PPO, Algorithm
@@ -243,7 +243,7 @@ class GRPOModule(L.LightningModule):
             if self.check_memory:
                 refuse_what_cannot_fit(self, self.trainer)
             call_before_loading(self.trainer.strategy, self._make_room_for)
-        self.run_dir = Path(self.trainer.log_dir or self.trainer.default_root_dir)
+        self.run_dir = UPath(self.trainer.log_dir or self.trainer.default_root_dir)
 
     def configure_model(self) -> None:
         """Load the policy, shard it under FSDP2; for a fit take the reference, make the critic."""

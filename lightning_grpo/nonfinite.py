@@ -6,11 +6,11 @@ import json
 import math
 import warnings
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from upath import UPath
 
 from lightning_grpo.distributed import TrainingStopped
 from lightning_grpo.types import Rollout
@@ -46,7 +46,7 @@ class NonfiniteGuard:
         """
         self._window_loss += loss
 
-    def must_skip(self, grad_norm: float, path: Path) -> bool:
+    def must_skip(self, grad_norm: float, path: UPath) -> bool:
         """Say whether to skip the step; the rows behind a skipped one go to a file.
 
         Args:
@@ -93,7 +93,7 @@ def row_is_finite(per_token: Tensor, mask: Tensor) -> Tensor:
 
 
 def write_rows(
-    path: Path, parts: Sequence[tuple[Rollout, Tensor]], *, reason: str, only_bad: bool
+    path: UPath, parts: Sequence[tuple[Rollout, Tensor]], *, reason: str, only_bad: bool
 ) -> int:
     """Write the rows behind a skipped step to a JSONL file.
 

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import shutil
+import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, load_file, save_file
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from upath import UPath
 
 from lightning_grpo.distributed import HasSum, failing_together
 from lightning_grpo.policy import Policy
@@ -79,7 +82,7 @@ def trainable_state(policy: Policy) -> dict[str, Tensor]:
 
 
 def save_reference(
-    policy: Policy, folder: Path, *, is_writer: bool, ranks: HasSum
+    policy: Policy, folder: UPath, *, is_writer: bool, ranks: HasSum
 ) -> dict[str, str]:
     """Write the policy's weights as the reference of a run whose reference no folder holds.
 
@@ -98,17 +101,31 @@ def save_reference(
     state = trainable_state(policy)
     with failing_together(ranks, "writing the reference"):
         if is_writer:
-            folder.mkdir(parents=True, exist_ok=True)
-        if is_writer and policy.is_lora:
-            save_file({k: v.contiguous() for k, v in state.items()}, folder / _FILE_NAME)
-        elif is_writer:
-            inner = {name.removeprefix("model."): tensor for name, tensor in state.items()}
-            policy.causal_lm.save_pretrained(folder, state_dict=inner)
+            with _written_locally(folder) as local:
+                if policy.is_lora:
+                    save_file({k: v.contiguous() for k, v in state.items()}, local / _FILE_NAME)
+                else:
+                    inner = {name.removeprefix("model."): value for name, value in state.items()}
+                    policy.causal_lm.save_pretrained(local, state_dict=inner)
     return {"folder": folder.name, "sha256": weights_hash(state) if is_writer else ""}
 
 
+@contextlib.contextmanager
+def _written_locally(folder: UPath) -> Iterator[Path]:
+    """A local folder whose files are in `folder` afterwards."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if isinstance(folder, Path):
+        yield folder
+        return
+    with tempfile.TemporaryDirectory() as staging:
+        yield Path(staging)
+        for file in sorted(Path(staging).iterdir()):
+            with file.open("rb") as source, (folder / file.name).open("wb") as target:
+                shutil.copyfileobj(source, target, 1 << 24)
+
+
 def read_reference(
-    policy: Policy, folder: Path, sha256: str, *, is_checker: bool
+    policy: Policy, folder: UPath, sha256: str, *, is_checker: bool
 ) -> dict[str, Tensor]:
     """Read a reference that `save_reference` wrote, and check that it is the same.
 
@@ -129,7 +146,7 @@ def read_reference(
         raise ValueError(f"the run's reference is missing: no safetensors in {folder}")
     state: dict[str, Tensor] = {}
     for file in files:
-        state.update(load_file(file))
+        state.update(load_file(file) if isinstance(file, Path) else load(file.read_bytes()))
     if not policy.is_lora:
         state = {f"model.{name}": tensor for name, tensor in state.items()}
     if is_checker and weights_hash(state) != sha256:
@@ -155,7 +172,7 @@ def settle_reference(
     reference: Reference,
     record: dict[str, str],
     *,
-    folder: Path,
+    folder: UPath,
     initial_hash: str,
     origin: Literal["pretrained", "random", "cold_start"],
     is_main: bool,

@@ -6,12 +6,13 @@ import csv
 import shutil
 import warnings
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from upath import UPath
 
 from lightning_grpo.checkpoint_paths import checkpoint_dir, has_checkpoints, run_dir_of, shown
 from lightning_grpo.checkpoints import BrokenCheckpointError, resolve_checkpoint
@@ -23,7 +24,7 @@ class Run:
     """Where a run writes, and how many threads compute.
 
     Args:
-        root_dir: folder of all runs.
+        root_dir: folder of all runs, a path or a URL such as s3://bucket/runs.
         name: folder of runs of one kind; each run gets a version_<k> in it.
         num_threads: threads of torch on the CPU; null leaves it to torch.
     """
@@ -35,21 +36,25 @@ class Run:
     def __post_init__(self) -> None:
         if self.num_threads is not None and self.num_threads < 1:
             raise ValueError(f"run.num_threads must be at least 1, got {self.num_threads}")
-        parts = Path(self.name).parts
-        if not self.name or Path(self.name).is_absolute() or ".." in parts:
+        name = PurePath(self.name)
+        if not self.name or name.is_absolute() or ".." in name.parts or "://" in self.name:
             raise ValueError(f"run.name {self.name!r} has to name a folder inside run.root_dir")
 
-    def versions(self) -> list[Path]:
+    @property
+    def folder(self) -> UPath:
+        """The folder of the runs of this name."""
+        return UPath(self.root_dir) / self.name
+
+    def versions(self) -> list[UPath]:
         """Folders of earlier runs of this name, the oldest first."""
-        folder = Path(self.root_dir) / self.name
-        found = [p for p in folder.glob("version_*") if p.name[8:].isdigit()]
+        found = [p for p in self.folder.glob("version_*") if p.name[8:].isdigit()]
         return sorted(found, key=lambda p: int(p.name[8:]))
 
-    def next_dir(self) -> Path:
+    def next_dir(self) -> UPath:
         """The folder for a new run."""
         versions = self.versions()
         number = int(versions[-1].name[8:]) + 1 if versions else 0
-        return Path(self.root_dir) / self.name / f"version_{number}"
+        return self.folder / f"version_{number}"
 
 
 def find_checkpoint(ckpt_path: str, run: Run) -> str | None:
@@ -76,8 +81,7 @@ def find_checkpoint(ckpt_path: str, run: Run) -> str | None:
             return None
         if folder is None:
             raise ValueError(
-                f"--ckpt_path {ckpt_path}: no run in {Path(run.root_dir) / run.name} has a "
-                "checkpoint of that kind"
+                f"--ckpt_path {ckpt_path}: no run in {run.folder} has a checkpoint of that kind"
             )
         path = f"{folder}/{ckpt_path}"
     try:
@@ -124,7 +128,7 @@ def resume_point(checkpoint: str) -> ResumePoint:
     return ResumePoint(step, num_rows, step + (mark["point"] in ("rollout", "queue")))
 
 
-def choose_run_dir(run: Run, resume_from: str | None) -> Path:
+def choose_run_dir(run: Run, resume_from: str | None) -> UPath:
     """The folder this process writes to: a resumed run's own, or a new one.
 
     Rank 0 decides: all others write to `trainer.log_dir`, which is rank 0's.
@@ -140,26 +144,26 @@ def choose_run_dir(run: Run, resume_from: str | None) -> Path:
     return resumed or run.next_dir()
 
 
-def config_file_name(run_dir: Path) -> str:
+def config_file_name(run_dir: UPath) -> str:
     """config.yaml for a new run; config_resume_<n>.yaml for its n-th resume."""
     if not (run_dir / "config.yaml").exists():
         return "config.yaml"
     return f"config_resume_{_num_resumes(run_dir) + 1}.yaml"
 
 
-def newest_config(run_dir: Path) -> Path | None:
+def newest_config(run_dir: UPath) -> UPath | None:
     """The configuration that a run had when it was last started; None when it has none."""
     num_resumes = _num_resumes(run_dir)
     name = f"config_resume_{num_resumes}.yaml" if num_resumes else "config.yaml"
     return run_dir / name if (run_dir / name).exists() else None
 
 
-def _num_resumes(run_dir: Path) -> int:
+def _num_resumes(run_dir: UPath) -> int:
     stems = [path.stem[len("config_resume_") :] for path in run_dir.glob("config_resume_*.yaml")]
     return max((int(number) for number in stems if number.isdigit()), default=0)
 
 
-def run_loggers(run_dir: Path, resume: ResumePoint | None) -> list[Any]:
+def run_loggers(run_dir: UPath, resume: ResumePoint | None) -> list[Any]:
     """TensorBoard and CSV in one folder, going on where a resumed run stands.
 
     Args:
@@ -201,7 +205,7 @@ class ResumableCSVLogger(CSVLogger):
         """The writer, with the rows that were there."""
         if self._experiment is not None:
             return self._experiment
-        file = Path(self.log_dir) / "metrics.csv"
+        file = UPath(self.log_dir) / "metrics.csv"
         content = file.read_bytes() if self.resume is not None and file.exists() else None
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Experiment logs directory")
@@ -219,13 +223,13 @@ class ResumableCSVLogger(CSVLogger):
         writer = self.experiment
         if self.resume is not None:
             # Only now: a resume that fails to start must not cost rows.
-            writer.metrics_keys = cut_rows(Path(self.log_dir) / "metrics.csv", self.resume)
+            writer.metrics_keys = cut_rows(UPath(self.log_dir) / "metrics.csv", self.resume)
             self.resume = None
         super().log_metrics(metrics, step)
         self.num_rows += 1
 
 
-def kept_rows(file: Path, resume: ResumePoint) -> tuple[list[str], list[dict[str, Any]]]:
+def kept_rows(file: UPath, resume: ResumePoint) -> tuple[list[str], list[dict[str, Any]]]:
     """Columns of a metrics.csv, and the rows that belong to a run that is resumed.
 
     Args:
@@ -240,7 +244,7 @@ def kept_rows(file: Path, resume: ResumePoint) -> tuple[list[str], list[dict[str
     return list(reader.fieldnames or []), [row for row in rows if int(row["step"]) < resume.step]
 
 
-def cut_rows(file: Path, resume: ResumePoint) -> list[str]:
+def cut_rows(file: UPath, resume: ResumePoint) -> list[str]:
     """Drop the rows of a metrics.csv that a resumed run makes again.
 
     Args:
@@ -258,7 +262,7 @@ def cut_rows(file: Path, resume: ResumePoint) -> list[str]:
     return names
 
 
-def remove_if_nothing_ran(run_dir: Path) -> None:
+def remove_if_nothing_ran(run_dir: UPath) -> None:
     """Remove the folder of a run that failed before it measured or saved anything.
 
     Args:
@@ -268,7 +272,11 @@ def remove_if_nothing_ran(run_dir: Path) -> None:
     is_empty_start = all(
         path.name.startswith(("events.out.tfevents", "config", "hparams")) for path in files
     )
-    if run_dir.exists() and is_empty_start:
+    if not run_dir.exists() or not is_empty_start:
+        return
+    for path in files:
+        path.unlink()
+    if isinstance(run_dir, Path):  # a store has no folders
         shutil.rmtree(run_dir)
         if not any(run_dir.parent.iterdir()):
             run_dir.parent.rmdir()

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from upath import UPath
 
 from lightning_grpo.checkpoint_paths import run_dir_of
 from lightning_grpo.checkpoints import Checkpoint, open_checkpoint, resolve_checkpoint
@@ -99,7 +100,7 @@ def write_from(
     print(f"wrote {folder}: its values are within {difference:.1e} of the critic's")
 
 
-def _config_of(path: str) -> Path:
+def _config_of(path: str) -> UPath:
     run_dir = run_dir_of(path)
     found = newest_config(run_dir) if run_dir is not None else None
     if found is None:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+from upath import UPath
 
 from lightning_grpo.benchmark.clock import StepClock
 from lightning_grpo.benchmark.regimes import Regime
@@ -112,7 +113,7 @@ def train_ours(
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        logger=run_loggers(work / "runs" / "version_0", None),
+        logger=run_loggers(UPath(work / "runs" / "version_0"), None),
         callbacks=[
             StepStart(clock),
             *standard(

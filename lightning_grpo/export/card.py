@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from upath import UPath
 
 from lightning_grpo.export.proof import Proof
 
@@ -25,7 +26,7 @@ def write_card(
     options: Mapping[str, Any],
     about: Mapping[str, Any],
     proof: Proof,
-    metrics_file: Path | None,
+    metrics_file: UPath | None,
     command: Sequence[str],
 ) -> None:
     """Write README.md.
@@ -98,7 +99,7 @@ def redacted(text: str) -> str:
     return _SECRET_OPTION.sub(r"\1<secret>", text)
 
 
-def curve_table(file: Path) -> list[str]:
+def curve_table(file: UPath) -> list[str]:
     """A few points of the curves of a run as a table of Markdown.
 
     Args:
