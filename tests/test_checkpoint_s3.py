@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import logging
 import os
 import signal
@@ -13,11 +14,13 @@ from typing import Any
 
 import pytest
 import torch
+from command_lines import run, write_config
 from distributed_runs import on_two_ranks
 from moto.moto_server.threaded_moto_server import ThreadedMotoServer
 from s3fs import S3FileSystem
 from test_checkpoint_sharded import sharded, state_of, train
 from test_checkpoint_store import content, equal, flip, save
+from transformers import AutoModelForCausalLM
 
 from lightning_grpo.checkpoints import (
     BrokenCheckpointError,
@@ -179,3 +182,38 @@ def test_two_ranks_write_their_shards_to_the_store_and_read_them(folder, store, 
     assert {f"weights-0000{rank}-of-00002.safetensors" for rank in (0, 1)} < names.keys()
     back = FolderCheckpointIO().load_checkpoint(f"{folder}/last")
     assert equal(back["state_dict"], both[0]["saved"]["weights"])
+
+
+def test_a_run_on_the_store_is_killed_goes_on_and_is_exported(
+    char_model, store, tmp_path: Path, monkeypatch
+):
+    monkeypatch.setattr(sys, "argv", ["__main__.py"])
+    config = write_config(
+        char_model,
+        run={"root_dir": "s3://bucket/runs"},
+        checkpoint={"every_n_iterations": 1},
+        trainer={"max_steps": 8, "enable_progress_bar": False},
+    )
+    here = Path(__file__).parent
+    environment = os.environ | {"PYTHONPATH": f"{here.parent}{os.pathsep}{here}"}
+    command = [sys.executable, "-m", "lightning_grpo", "fit", "--config", config]
+    command.append("--trainer.callbacks+=command_lines.Killer")
+    first = subprocess.run(command, env=environment, timeout=120, capture_output=True, text=True)
+    assert first.returncode == -signal.SIGKILL, first.stdout + first.stderr
+    version_0 = "s3://bucket/runs/small/version_0"
+    assert resolve_checkpoint(f"{version_0}/checkpoints/auto").endswith("last-000004")
+    run("fit", "--config", config, "--ckpt_path", "auto")
+    rows = list(csv.DictReader(store.cat(f"{version_0}/metrics.csv").decode().splitlines()))
+    assert [row["step"] for row in rows if row["policy/loss"]] == list("01234567")
+    files = {path.rpartition("/")[2] for path in store.find(version_0)}
+    assert {"config.yaml", "config_resume_1.yaml", "metrics.csv"} < files
+    assert any(name.startswith("events.out.tfevents") for name in files)
+    last = f"{version_0}/checkpoints/last"
+    run("validate", "--ckpt_path", last)
+    assert store.exists(f"{version_0}/validate/metrics.csv")
+    run("export", "--ckpt_path", last, "--out", "exported")
+    exported = AutoModelForCausalLM.from_pretrained("exported").state_dict()
+    weights = dict(open_checkpoint(resolve_checkpoint(last)).read_weights())
+    assert torch.equal(
+        exported["model.embed_tokens.weight"], weights["policy.model.model.embed_tokens.weight"]
+    )
