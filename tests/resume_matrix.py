@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 
 import torch
-from resume_runs import CASES, EXIT_CODES, Stop, check, whole_run
+from resume_runs import CASES, EXIT_CODES, NUM_ITERATIONS, Stop, check, whole_run
 
 from lightning_grpo.tools.tiny_model import write_tiny_model
 
@@ -36,14 +36,22 @@ WORDS = {
 }
 
 
-def stops_of(seen: dict[str, int]) -> list[Stop]:
-    """Every moment that a whole run came by, in every way."""
-    return [
-        Stop(moment, number, how)
-        for moment, most in seen.items()
-        for number in range(1, most + 1)
-        for how in EXIT_CODES
-    ]
+def stops_of(seen: dict[str, int], num_ranks: int) -> list[Stop]:
+    """The moments of a whole run at which it is stopped, in every way.
+
+    Args:
+        seen: how often a whole run came by each moment.
+        num_ranks: two processes take long, and are stopped in rollouts and updates only.
+
+    Returns:
+        Each moment, of those in the four minibatches of an iteration one in turn.
+    """
+    stops = []
+    for moment in WORDS if num_ranks == 1 else ("rollout", "update"):
+        step = seen[moment] // NUM_ITERATIONS if moment in ("update", "hooks") else 1
+        numbers = [first + (first // step) % step for first in range(1, seen[moment] + 1, step)]
+        stops += [Stop(moment, number, how) for number in numbers for how in EXIT_CODES]
+    return stops
 
 
 def run_stop(model: str, name: str, expected: Path, folder: Path, stop: Stop) -> str:
@@ -58,7 +66,8 @@ def run_case(model: str, name: str, folder: Path) -> list[str]:
     """All stops of one kind of run; returns lines of the result."""
     start = time.monotonic()
     expected = whole_run(model, name, folder / name / "whole")
-    stops = stops_of(json.loads((expected / "moments.json").read_text()))
+    num_ranks = 1 if CASES[name].strategy == "single" else 2
+    stops = stops_of(json.loads((expected / "moments.json").read_text()), num_ranks)
     fork = multiprocessing.get_context("fork")  # from here, where everything is imported
     with concurrent.futures.ProcessPoolExecutor(NUM_WORKERS, mp_context=fork) as workers:
         jobs = {
@@ -77,6 +86,8 @@ def run_case(model: str, name: str, folder: Path) -> list[str]:
     lines = []
     for moment, words in WORDS.items():
         of_moment = [stop for stop in stops if stop.moment == moment]
+        if not of_moment:
+            continue
         counts = []
         for how in EXIT_CODES:
             own = [stop for stop in of_moment if stop.how == how]
@@ -100,9 +111,10 @@ def main() -> None:
             num_heads=2,
             max_positions=64,
         )
-        lines = [line for name in names for line in run_case(model, name, Path(folder))]
-    heads = ["run", "stopped", "SIGTERM", "SIGKILL", "exception"]
-    table = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads), *lines]
+        heads = ["run", "stopped", "SIGTERM", "SIGKILL", "exception"]
+        table = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
+        for name in names:
+            table += run_case(model, name, Path(folder))
     print("\n".join(table))
     if names == list(CASES):
         RESULT.write_text(INTRODUCTION + "\n".join(table) + "\n", encoding="utf-8")

@@ -18,6 +18,7 @@ import torch.distributed as dist
 import yaml
 from command_lines import run
 from distributed_runs import on_two_ranks, strategy_options, weights_of
+from lightning.pytorch.strategies import ModelParallelStrategy
 from peft import LoraConfig, PeftModel, get_peft_model
 from runs import make_data, make_module, make_trainer
 from safetensors.torch import load_file, save_file
@@ -214,7 +215,14 @@ def write_on_two_ranks(model: str, folder: str) -> dict[str, Tensor]:
     module = make_module(model)
     trainer = make_trainer(max_epochs=-1, max_steps=1, **strategy_options("fsdp2"))
     trainer.fit(module, make_data())
-    trainer.save_checkpoint(f"{folder}/fsdp2")
+    # As a run with Lightning's own strategy would have saved it.
+    strategy: Any = trainer.strategy
+    saved = trainer._checkpoint_connector.dump_checkpoint(weights_only=True)
+    saved["state_dict"] = ModelParallelStrategy.lightning_module_state_dict(strategy)
+    saved["optimizer_states"] = [
+        ModelParallelStrategy.optimizer_state(strategy, trainer.optimizers[0])
+    ]
+    ModelParallelStrategy.save_checkpoint(strategy, saved, f"{folder}/fsdp2")
     rank = dist.get_rank()
     sharded = {n.removeprefix(OURS): t for n, t in module.state_dict().items()}
     whole = weights_of(module)

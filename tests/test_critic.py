@@ -538,11 +538,11 @@ def test_a_module_that_was_fitted_can_be_measured_from_a_checkpoint_with_a_criti
     rows = [{"prompt": f"{i}=", "answer": str(i)} for i in range(4)]
     for num_iterations, stage in ((4, "ppo"), (7, "grpo")):
         trainer, module, *_ = switching_fit(
-            char_model, num_iterations=num_iterations, save_to=str(tmp_path)
+            char_model, num_iterations=num_iterations, save_to=f"{tmp_path}/{stage}"
         )
         assert module.stage == stage
         for iteration in (1, 4):
-            path = f"{tmp_path}/{iteration}"
+            path = f"{tmp_path}/{stage}/{iteration}"
             data = make_data(val_data=rows)
             trainer.validate(module, datamodule=data, ckpt_path=path, verbose=False)
             saved = read_saved(path)["state_dict"]

@@ -81,5 +81,5 @@ def test_a_checkpoint_without_a_critic_is_refused(char_model, tmp_path: Path, ca
             "--out",
             "critic",
         )
-    with pytest.raises(SystemExit, match="no such checkpoint file"):
+    with pytest.raises(SystemExit, match="there is no such checkpoint"):
         run("export_critic", "--ckpt_path", "nowhere", "--out", "critic")

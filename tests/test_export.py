@@ -26,6 +26,7 @@ from transformers import (
 
 import lightning_grpo.tools.export as tool
 from lightning_grpo.adapters import Lora
+from lightning_grpo.checkpoints.io import FolderCheckpointIO
 from lightning_grpo.export.card import fenced, literal, redacted
 from lightning_grpo.export.proof import ExportMismatchError
 from lightning_grpo.policy import load_policy
@@ -83,9 +84,9 @@ def write_run(model: str, *, lora: Lora | None = None) -> str:
     state = {f"policy.{n}": t for n, t in policy.state_dict().items() if not lora or "lora_" in n}
     counters = {"iterations": 2, "optimizer_steps": 4, "completions": 16, "tokens": 64}
     record = {"counters": counters, "stage": "grpo", "is_lora": lora is not None, "reference": {}}
-    path = "run/checkpoints/last"
-    torch.save({"state_dict": state, "lightning_grpo": record, "global_step": 4}, path)
-    return path
+    content = {"state_dict": state, "lightning_grpo": record, "global_step": 4}
+    FolderCheckpointIO().save_checkpoint(content, "run/checkpoints/last-000004")
+    return "run/checkpoints/last"
 
 
 @pytest.fixture

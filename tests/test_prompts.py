@@ -243,10 +243,17 @@ def test_select_gives_rows_in_the_asked_order_with_the_given_groups():
     assert prepared().select([], []).columns == {"n": []}
 
 
-def test_the_hash_is_of_the_rendered_prompts_in_their_order():
+def test_the_hash_is_of_the_rendered_prompts_and_their_columns_in_their_order():
     import hashlib
+    import json
 
-    assert prepared().sha256() == hashlib.sha256(b'"1"\n"123456"\n"1234"\n').hexdigest()
+    prompts = prepared()
+    names = sorted(prompts.columns)
+    rows = [
+        [text, *(prompts.columns[n][i] for n in names)] for i, text in enumerate(prompts.prompts)
+    ]
+    text = "".join(json.dumps(row) + "\n" for row in rows) + json.dumps(names)
+    assert prompts.sha256() == hashlib.sha256(text.encode()).hexdigest()
 
 
 def test_rows_of_a_file_are_prepared(tmp_path):
