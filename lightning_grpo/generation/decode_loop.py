@@ -1,4 +1,8 @@
-"""The loop of the native engine: which rows run, what is drawn for them, and where they end."""
+"""The loop of the native engine: which rows run, what is drawn for them, and where they end.
+
+What a step reads and writes lies in tensors that are changed in place, and which rows run is known
+on the host: a step can be captured, see steps.py.
+"""
 
 from __future__ import annotations
 
@@ -12,14 +16,13 @@ from transformers import StopStringCriteria
 from lightning_grpo.generation.decoder import Decoder, RolloutCounts
 from lightning_grpo.generation.protocol import OnFinished, Sampling, SamplingKey
 from lightning_grpo.generation.sampling import keyed_uniforms, refuse_nonfinite, sample_tokens
+from lightning_grpo.generation.steps import LateReader
 from lightning_grpo.types import Completions, PromptBatch
 
 # Finished rows are dropped when fewer than this share of the rows still run: to drop them copies
 # the keys and values of the others.
 _COMPACT_BELOW = 0.75
-# Draws are made ahead, in one go for so many tokens of each row.
-_NUM_DRAWS_AHEAD = 32
-# Steps between two questions which rows still run. A GPU has to catch up before it answers.
+# Steps between two questions how many rows still run. A GPU answers one question late.
 _CHECK_EVERY = {"cpu": 1, "other": 16}
 # Bounds the activations of one forward of prompts.
 _MAX_PREFILL_TOKENS = 16384
@@ -84,7 +87,7 @@ class DecodeLoop:
         self.counts = counts
         self.on_finished = on_finished
         self.num_rows = len(prompts) * group_size
-        self.max_rows = max_rows or self.num_rows
+        self.max_rows = min(max_rows or self.num_rows, self.num_rows)
         # The same tokens twice are one prompt to run, though two groups.
         numbers: dict[tuple[int, ...], int] = {}
         of_prompt = [numbers.setdefault(tuple(ids), len(numbers)) for ids in prompts.prompt_ids]
@@ -92,117 +95,135 @@ class DecodeLoop:
         self.prompt_of_row = [number for number in of_prompt for _ in range(group_size)]
         self.is_prefilled: set[int] = set()
 
-        def of_rows(values: Sequence[int]) -> Tensor:
-            return torch.tensor(values, dtype=torch.int64, device=device)
+        self.steps = decoder.steps
+        num_kept, limit = self.steps.num_places(self.num_rows), sampling.max_completion_tokens
+        num_places = self.steps.num_places(self.max_rows)
+        # What the step does depends on these too, and on nothing else but tensors.
+        self.steps.begin(repr((num_kept, num_places, num_tokens, sampling, ending.eos_token_ids)))
 
-        self.group_ids = of_rows(prompts.group_ids).repeat_interleave(group_size)
-        self.row_in_group = torch.arange(self.num_rows, device=device) % group_size
-        self.is_eos = torch.zeros(num_tokens, dtype=torch.bool, device=device)
-        self.is_eos[of_rows([i for i in ending.eos_token_ids if i < num_tokens])] = True
-        # The last column takes what rows draw after their end.
-        shape = (self.num_rows, sampling.max_completion_tokens + 1)
-        self.ids = torch.full(shape, ending.pad_token_id, dtype=torch.int64, device=device)
+        def full(name: str, shape: tuple[int, ...], value: float, dtype: torch.dtype) -> Tensor:
+            return self.steps.full(name, shape, value, dtype, device)
+
+        # The last row takes what places without a row draw, the last column what rows draw after
+        # their end.
+        shape = (num_kept + 1, limit + 1)
+        self.ids = full("ids", shape, ending.pad_token_id, torch.int64)
         # Explicit: the default may be that of a half precision run.
-        self.logprobs = torch.zeros(shape, dtype=torch.float32, device=device)
-        self.lengths = of_rows([0] * self.num_rows)
-        self.truncated = torch.zeros(self.num_rows, dtype=torch.bool, device=device)
+        self.logprobs = full("logprobs", shape, 0.0, torch.float32)
+        self.uniforms = full("uniforms", shape, 0.0, torch.float64)
+        self.lengths = full("lengths", shape[:1], 0, torch.int64)
+        self.truncated = full("truncated", shape[:1], False, torch.bool)
+        self.is_eos = full("is_eos", (num_tokens,), False, torch.bool)
+        self.is_eos[[i for i in ending.eos_token_ids if i < num_tokens]] = True
+        if self.num_rows:
+            group_ids = torch.tensor(prompts.group_ids, device=device)
+            self.uniforms[: self.num_rows, :limit] = keyed_uniforms(
+                key,
+                group_ids.repeat_interleave(group_size).unsqueeze(1),
+                torch.arange(self.num_rows, device=device).unsqueeze(1) % group_size,
+                torch.arange(limit, device=device),
+            )
+
+        # Of the row in each place of the decoder: its number, tokens drawn, and the last of them.
+        self.rows = full("rows", (num_places,), num_kept, torch.int64)
+        self.drawn = full("drawn", (num_places,), 0, torch.int64)
+        self.tokens = full("tokens", (num_places,), 0, torch.int64)
+        self.is_running = full("is_running", (num_places,), False, torch.bool)
+        stops = ending.stop_strings
+        width = stops.maximum_token_len if stops is not None else 0
+        self.recent = full("recent", (num_places, width), 0, torch.int64)
 
         self.num_started = 0
         self.num_draws = 0  # tokens drawn of the row that started first
         self.running: list[int] = []  # the rows in the decoder
         self.started_at: list[int] = []  # num_draws when each of them started
-        self.is_running = self.truncated[:0]
-        self.rows = self.drawn = self.lengths[:0]  # (R,) row, and tokens drawn of it
-        stops = ending.stop_strings
-        shape = (0, stops.maximum_token_len if stops is not None else 0)
-        self.recent = torch.zeros(shape, dtype=torch.int64, device=device)  # (R, W) last tokens
-        self.draws_ahead = self.logprobs[:0, :0]  # (R, n) uniforms
-        self.num_draws_used = 0
 
     def run(self) -> Completions:
         """Complete all rows."""
         num_running, checked_at = 0, 0
-        tokens = self.lengths[:0]
+        reader = LateReader(self.device)
         check_every = _CHECK_EVERY.get(self.device.type, _CHECK_EVERY["other"])
         while True:
             # This also holds at the start, and when the last row has ended.
             has_room = num_running < _COMPACT_BELOW * len(self.running) or num_running == 0
             if has_room:
-                tokens = tokens[self._drop_finished()]
-            logits = self._step(tokens) if self.running else None
-            if has_room and self.num_started < self.num_rows:
-                started = self._start()
-                logits = started if logits is None else torch.cat([logits, started])
+                self._drop_finished(num_running)
+                reader.forget()
                 num_running = len(self.running)
-            if logits is None:
+            if self.running:
+                self.counts.num_steps += 1
+                self.counts.num_row_steps += len(self.running)
+                self.steps.run(self._step, len(self.running))
+            if has_room and self.num_started < self.num_rows:
+                logits = self._start()
+                self._draw(logits, num_running, num_running + len(logits))
+                num_running = len(self.running)
+            if not self.running:
                 return self._completions()
-            tokens = self._draw(logits)
-            is_at_limit = self.num_draws - min(self.started_at) >= self.ids.shape[1] - 1
-            if self.num_draws - checked_at >= check_every or is_at_limit:
-                checked_at = self.num_draws
-                num_running = int(self.is_running.sum())
-                if self.on_finished is not None:
-                    self.on_finished(self.num_started - num_running, self.num_rows)
+            self.num_draws += 1
+            is_at_limit = self.num_draws - self.sampling.max_completion_tokens in self.started_at
+            if not is_at_limit and self.num_draws - checked_at < check_every:
+                continue
+            checked_at = self.num_draws
+            count = self.is_running.sum()
+            number = int(count) if is_at_limit else reader.read(count)
+            if number is None:
+                continue
+            self.counts.num_reads += 1
+            num_running = number
+            if self.on_finished is not None:
+                self.on_finished(self.num_started - num_running, self.num_rows)
 
-    def _step(self, tokens: Tensor) -> Tensor:
-        self.counts.num_steps += 1
-        self.counts.num_row_steps += len(tokens)
-        return self.decoder.step(tokens)
+    def _step(self, num_rows: int) -> None:
+        """Run and draw one more token in the first places, those without a row included."""
+        self._draw(self.decoder.step(self.tokens[:num_rows]), 0, num_rows)
 
-    def _draw(self, logits: Tensor) -> Tensor:
-        """Draw the next token of every row in the decoder, and note which rows end."""
-        if self.num_draws_used == self.draws_ahead.shape[1]:
-            ahead = torch.arange(_NUM_DRAWS_AHEAD, device=self.device)
-            self.draws_ahead = keyed_uniforms(
-                self.key,
-                self.group_ids[self.rows].unsqueeze(1),
-                self.row_in_group[self.rows].unsqueeze(1),
-                self.drawn.unsqueeze(1) + ahead,
-            )
-            self.num_draws_used = 0
-        uniforms = self.draws_ahead[:, self.num_draws_used]
-        self.num_draws_used += 1
-        self.num_draws += 1
-        tokens, logprobs = sample_tokens(logits, self.sampling, uniforms)
+    def _draw(self, logits: Tensor, start: int, end: int) -> None:
+        """Draw the next token of the rows in some places, and note which of them end."""
+        rows, drawn = self.rows[start:end], self.drawn[start:end]
         limit = self.ids.shape[1] - 1
-        column = self.drawn.clamp(max=limit)
-        self.ids[self.rows, column] = tokens
-        self.logprobs[self.rows, column] = logprobs
-        self.drawn = self.drawn + 1
+        column = drawn.clamp(max=limit)
+        tokens, logprobs = sample_tokens(logits, self.sampling, self.uniforms[rows, column])
+        self.ids[rows, column] = tokens
+        self.logprobs[rows, column] = logprobs
+        self.tokens[start:end] = tokens
+        drawn += 1
         ended = self.is_eos[tokens]
         if self.ending.stop_strings is not None:
-            self.recent = torch.cat([self.recent[:, 1:], tokens.unsqueeze(1)], dim=1)
-            ended = ended | self.ending.stop_strings(self.recent, None)
-        stops = self.is_running & (ended | (self.drawn >= limit))
-        self.lengths[self.rows] = torch.where(stops, self.drawn, self.lengths[self.rows])
-        self.truncated[self.rows] |= stops & ~ended
-        self.is_running = self.is_running & ~stops
-        return tokens
+            recent = self.recent[start:end]
+            recent[:] = torch.cat([recent[:, 1:], tokens.unsqueeze(1)], dim=1)
+            ended = ended | self.ending.stop_strings(recent, None)
+        is_running = self.is_running[start:end]
+        stops = is_running & (ended | (drawn >= limit))
+        self.lengths[rows] = torch.where(stops, drawn, self.lengths[rows])
+        self.truncated[rows] |= stops & ~ended
+        is_running &= ~stops
 
-    def _drop_finished(self) -> Tensor:
-        """Leave the rows in the decoder that still run.
-
-        Returns:
-            Their places among those that were there.
-        """
-        kept = [row for row, runs in enumerate(self.is_running.tolist()) if runs]
+    def _drop_finished(self, most: int) -> None:
+        """Leave the rows in the decoder that still run, of which there are `most` at most."""
+        kept = []
+        if most:
+            self.counts.num_reads += 1
+            is_running = self.is_running[: len(self.running)].tolist()
+            kept = [place for place, runs in enumerate(is_running) if runs]
         if len(kept) == len(self.running):
-            return torch.tensor(kept, dtype=torch.int64, device=self.device)
-        self.running = [self.running[row] for row in kept]
-        self.started_at = [self.started_at[row] for row in kept]
+            return
+        self.running = [self.running[place] for place in kept]
+        self.started_at = [self.started_at[place] for place in kept]
         waiting = {self.prompt_of_row[row] for row in range(self.num_started, self.num_rows)}
         self.decoder.keep(kept, waiting & self.is_prefilled)
         self.is_prefilled &= waiting
         places = torch.tensor(kept, dtype=torch.int64, device=self.device)
-        self.rows, self.drawn = self.rows[places], self.drawn[places]
-        self.is_running, self.recent = self.is_running[places], self.recent[places]
-        self.draws_ahead = self.draws_ahead[places]
+        for x in (self.rows, self.drawn, self.tokens, self.is_running, self.recent):
+            x[: len(kept)] = x[places]
+        self.rows[len(kept) :] = len(self.ids) - 1
+        self.is_running[len(kept) :] = False
         self.counts.num_compactions += bool(kept)
-        return places
 
     def _start(self) -> Tensor:
         """Start as many rows as there is room for, and return their first logits."""
-        end = min(self.num_started + self.max_rows - len(self.running), self.num_rows)
+        num_before = len(self.running)
+        end = min(self.num_started + self.max_rows - num_before, self.num_rows)
         added = list(range(self.num_started, end))
         numbers = [self.prompt_of_row[row] for row in added]
         self._prefill([n for n in dict.fromkeys(numbers) if n not in self.is_prefilled])
@@ -211,16 +232,12 @@ class DecodeLoop:
         self.running += added
         self.started_at += [self.num_draws] * len(added)
         self.num_started = end
-        places = torch.tensor(added, dtype=torch.int64, device=self.device)
-        self.rows = torch.cat([self.rows, places])
-        self.drawn = torch.cat([self.drawn, torch.zeros_like(places)])
-        self.is_running = torch.cat([self.is_running, torch.ones_like(places, dtype=torch.bool)])
-        self.draws_ahead = self.logprobs[: len(self.running), :0]
-        self.num_draws_used = 0
+        places = slice(num_before, len(self.running))
+        self.rows[places] = torch.tensor(added, dtype=torch.int64, device=self.device)
+        self.drawn[places] = 0
+        self.is_running[places] = True
         # An id past the vocabulary is part of no stop string.
-        shape = (len(added), self.recent.shape[1])
-        none_yet = torch.full(shape, torch.iinfo(torch.int64).max, device=self.device)
-        self.recent = torch.cat([self.recent, none_yet])
+        self.recent[places] = torch.iinfo(torch.int64).max
         return logits
 
     def _prefill(self, numbers: list[int]) -> None:
@@ -241,13 +258,14 @@ class DecodeLoop:
         self.is_prefilled.update(numbers)
 
     def _completions(self) -> Completions:
-        width = max(int(self.lengths.max()), 1) if self.num_rows else 1
-        mask = torch.arange(width, device=self.device) < self.lengths.unsqueeze(1)
-        logprobs = self.logprobs[:, :width]
+        lengths = self.lengths[: self.num_rows]
+        width = max(int(lengths.max()), 1) if self.num_rows else 1
+        mask = torch.arange(width, device=self.device) < lengths.unsqueeze(1)
+        ids, logprobs = (x[: self.num_rows, :width] for x in (self.ids, self.logprobs))
         refuse_nonfinite(logprobs, mask)
         return Completions(
-            completion_ids=torch.where(mask, self.ids[:, :width], self.ending.pad_token_id),
+            completion_ids=torch.where(mask, ids, self.ending.pad_token_id),
             completion_mask=mask,
             sampler_logprobs=torch.where(mask, logprobs, 0.0),
-            truncated=self.truncated,
+            truncated=self.truncated[: self.num_rows].clone(),
         )

@@ -21,8 +21,11 @@ from lightning_grpo.generation.cached_decoder import CachedDecoder
 from lightning_grpo.generation.decode_loop import DecodeLoop, Ending
 from lightning_grpo.generation.decoder import Lengths, MakeDecoder, RolloutCounts
 from lightning_grpo.generation.fused_decoder import FusedDecoder
+from lightning_grpo.generation.pooled_decoder import PooledDecoder
 from lightning_grpo.generation.protocol import OnFinished, Sampling, SamplingKey
+from lightning_grpo.generation.steps import CudaCapture
 from lightning_grpo.generation.transformers_engine import TransformersEngine, left_pad
+from lightning_grpo.kernels import has_triton
 from lightning_grpo.logprobs import token_logprobs
 from lightning_grpo.masking import position_ids
 from lightning_grpo.policy import Policy
@@ -34,6 +37,28 @@ _TOLERANCE = 1e-4
 _TOLERANCE_SHORT = 0.3
 _CHECKED_PROMPTS = 3
 _CHECKED_TOKENS = 32
+# Of the memory of a GPU, what keys and values may hold between two rollouts.
+_KEPT_SHARE = 1 / 8
+
+
+def decoders_for(device: torch.device) -> dict[str, MakeDecoder]:
+    """Decoders by name, the one for speed first.
+
+    Args:
+        device: of the policy. On a CUDA GPU steps are captured, with a Triton kernel for the
+            attention where there is Triton.
+    """
+    plain: dict[str, MakeDecoder] = {"fused": FusedDecoder, "cached": CachedDecoder}
+    if device.type != "cuda":
+        return plain
+    most = torch.cuda.get_device_properties(device).total_memory * _KEPT_SHARE
+    captured = {"captured": PooledDecoder(CudaCapture(), max_kept_bytes=most).begin}
+    if has_triton():
+        from lightning_grpo.kernels.triton_attention import kernel_attention
+
+        kernels = PooledDecoder(CudaCapture(), kernel_attention, max_kept_bytes=most)
+        captured = {"captured-kernels": kernels.begin, **captured}
+    return captured | plain
 
 
 class NativeEngine:
@@ -44,7 +69,7 @@ class NativeEngine:
         tokenizer: for stop strings and the padding id.
         eos_token_ids: every id that ends a completion.
         max_rows: rows decoded at a time; 0 decodes all at once.
-        decoders: by name, in the order in which they are tried.
+        decoders: by name, in the order in which they are tried; None for those of the device.
     """
 
     def __init__(
@@ -60,7 +85,7 @@ class NativeEngine:
         self.eos_token_ids = list(eos_token_ids)
         self.max_rows = max_rows
         self.fallback = TransformersEngine(policy, tokenizer, eos_token_ids, max_rows=max_rows)
-        self.decoders = decoders or {"fused": FusedDecoder, "cached": CachedDecoder}
+        self.decoders = decoders
         self.decoder_name: str | None = None
         """The decoder that passed the check, "transformers" when none did, None before it."""
         self.counts = RolloutCounts()
@@ -82,7 +107,7 @@ class NativeEngine:
             self.counts = RolloutCounts()
             if self.decoder_name is None and len(prompts):
                 self.decoder_name = self._choose(model, prompts, sampling)
-            if self.decoder_name is None or self.decoder_name == "transformers":
+            if not self.decoders or self.decoder_name is None:
                 return self.fallback.complete(
                     model, prompts, sampling, group_size, key=key, on_finished=on_finished
                 )
@@ -118,35 +143,52 @@ class NativeEngine:
         ending = Ending(
             self.eos_token_ids, self.fallback.stop_criteria(sampling), self.fallback.pad_token_id
         )
-        return DecodeLoop(
-            make_decoder(model, lengths),
-            prompts,
-            sampling,
-            group_size,
-            key=key,
-            ending=ending,
-            num_tokens=num_tokens,
-            device=self.policy.device,
-            counts=counts,
-            max_rows=self.max_rows,
-            on_finished=on_finished,
-        ).run()
+        decoder = make_decoder(model, lengths)
+        num_captures = decoder.steps.num_captures
+        try:
+            return DecodeLoop(
+                decoder,
+                prompts,
+                sampling,
+                group_size,
+                key=key,
+                ending=ending,
+                num_tokens=num_tokens,
+                device=self.policy.device,
+                counts=counts,
+                max_rows=self.max_rows,
+                on_finished=on_finished,
+            ).run()
+        finally:
+            counts.num_captures = decoder.steps.num_captures - num_captures
+            decoder.close()
 
     def _choose(self, model: PreTrainedModel, prompts: PromptBatch, sampling: Sampling) -> str:
-        """The first decoder whose log-probs are those of the model."""
+        """The first decoder whose log-probs are those of the model; the others are dropped."""
         reasons = []
-        for name, make_decoder in self.decoders.items():
+        failures = []
+        decoders = self.decoders or decoders_for(self.policy.device)
+        self.decoders = {}
+        for name, make_decoder in decoders.items():
             try:
                 difference = self._difference(make_decoder, model, prompts, sampling)
             except NotImplementedError as error:
                 reasons.append(f"{name}: {error}")
                 continue
             except Exception as error:  # how a model's own code fails is up to that code
-                reasons.append(f"{name}: {type(error).__name__}: {error}")
+                failures.append(f"{name}: {type(error).__name__}: {error}")
                 continue
             if difference <= self._tolerance():
+                self.decoders = {name: make_decoder}
+                if failures:
+                    warnings.warn(
+                        f"rollout.engine native decodes {name}, which may be slower "
+                        f"({'; '.join(failures)})",
+                        stacklevel=2,
+                    )
                 return name
-            reasons.append(f"{name}: its log-probs are off by {difference:.2g}")
+            failures.append(f"{name}: its log-probs are off by {difference:.2g}")
+        reasons += failures
         warnings.warn(
             f"rollout.engine native does not cover {type(model).__name__}, the transformers "
             f"engine does its work ({'; '.join(reasons)})",
