@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
 
-.PHONY: help install fit test format lint type mutants credit clean
+.PHONY: help install fit test format lint type mutants credit benchmark clean
 
 help:  ## Show the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | sort
@@ -41,6 +41,9 @@ mutants: install  ## Break the mathematics in many small ways; every mutant has 
 
 credit: install  ## Compare credit per token with one advantage per completion; 15 minutes
 	$(BIN)/python tests/token_credit.py
+
+benchmark: install  ## Time the training step against TRL's on this CPU; needs 16 GB and a quiet hour
+	$(BIN)/python -m lightning_grpo benchmark --preset cpu --output tests/results $(ARGS)
 
 clean:  ## Remove what was built
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache

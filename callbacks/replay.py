@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import time
-from typing import Literal
 
 import lightning as L
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
+from lightning_grpo.choices import settle_decoder, settle_old_logprobs, text_of
 from lightning_grpo.distributed import failing_together
 from lightning_grpo.hooks import call_hook
+from lightning_grpo.levelling import level_over_ranks
 from lightning_grpo.lifecycle import give_up_critic
 from lightning_grpo.loaders import Slot
 from lightning_grpo.masking import reduction_count
@@ -21,8 +22,6 @@ from lightning_grpo.stages import Stage
 from lightning_grpo.types import Minibatch, MinibatchOutput, Rollout, select_rows, to_device
 from lightning_grpo.value_loss import explained_variance
 
-# The sampler's log-probs may stand for the training forward's when they are this close, in nats.
-SAMPLER_TOLERANCE = 1e-5
 UPDATES: dict[Stage, str] = {
     "grpo": "updating",
     "handover": "updating, critic learns",
@@ -47,6 +46,7 @@ class InnerEpochReplay(L.Callback):
         self.num_epochs = num_epochs
         self.num_minibatches = num_minibatches
         self._update_start = 0.0
+        self._has_told_choices = False
 
     @property
     def slots_per_iteration(self) -> int:
@@ -68,6 +68,7 @@ class InnerEpochReplay(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, module: GRPOModule) -> None:
         """Refuse an epoch that would end inside an accumulation window."""
+        self._has_told_choices = False
         window = trainer.accumulate_grad_batches
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
@@ -91,7 +92,12 @@ class InnerEpochReplay(L.Callback):
         if not module.queue:
             self._update_start = time.perf_counter()
             module.phase.enter("scoring log-probs")
+            if not self._has_told_choices:
+                settle_decoder(module)
             self.fill_queue(trainer, module)
+            if not self._has_told_choices:
+                rank_zero_info(text_of(module.choices, module.settings.engine))
+                self._has_told_choices = True
         module.phase.enter(UPDATES[module.stage], self.slots_per_iteration)
         module.phase.num_done = self.slots_per_iteration - len(module.queue)
         batch.minibatch = module.queue.popleft()
@@ -123,7 +129,7 @@ class InnerEpochReplay(L.Callback):
             module: whose rollout is cut and whose queue is filled.
         """
         assert module.rollout is not None
-        rollout = to_device(module.rollout, module.device)
+        rollout = level_over_ranks(module, to_device(module.rollout, module.device))
         iteration = module.counters.iterations
         key = f"{module.settings.seed}/{iteration}"
         with failing_together(module, "cutting the rollout into minibatches"):
@@ -134,15 +140,7 @@ class InnerEpochReplay(L.Callback):
                     rollout, self.num_minibatches, shuffle_key=f"{key}/{epoch}"
                 )
             ]
-        microbatches = [
-            split_microbatches(
-                select_rows(rollout, part),
-                module.microbatch_tokens,
-                is_packed=module.policy.is_packing,
-            )
-            for part in rows
-        ]
-        equalize_over_ranks(module, microbatches)
+        microbatches = cut_over_ranks(module, [select_rows(rollout, part) for part in rows])
         first_epoch = [
             part[micro]
             for part, micros in zip(rows[: self.num_minibatches], microbatches, strict=False)
@@ -197,7 +195,7 @@ class InnerEpochReplay(L.Callback):
         """Old log-probs, where the loss cannot take its own, and the values of the critic."""
         is_one_step = self.slots_per_iteration == trainer.accumulate_grad_batches
         needs_old = not is_one_step or (module.reference is not None and module.kl_in == "reward")
-        if needs_old and module.old_logprobs == "sampler":
+        if needs_old and module.choices.old_logprobs == "sampler":
             rollout = rollout.replace(old_logprobs=rollout.sampler_logprobs)
             needs_old = False
         if not needs_old and module.critic is None:
@@ -212,9 +210,8 @@ class InnerEpochReplay(L.Callback):
                 with_logprobs=needs_old,
             )
         if scored.logprobs is not None:
-            if module.old_logprobs == "auto":
-                choice = resolve_old_logprobs(trainer, module, rollout, scored.logprobs)
-                module.old_logprobs = choice
+            if module.choices.old_logprobs is None:
+                settle_old_logprobs(module, rollout, scored.logprobs)
             rollout = rollout.replace(old_logprobs=scored.logprobs)
         return rollout.replace(values=scored.values, final_values=scored.final_values)
 
@@ -265,46 +262,38 @@ def value_problem(module: GRPOModule, rollout: Rollout) -> str:
     return f"{num_bad} of its values are not finite" if num_bad else ""
 
 
-def resolve_old_logprobs(
-    trainer: L.Trainer, module: GRPOModule, rollout: Rollout, recomputed: torch.Tensor
-) -> Literal["sampler", "recompute"]:
-    """Decide once whether the sampler's log-probs can serve as the old ones.
+def cut_over_ranks(module: GRPOModule, parts: list[Rollout]) -> list[list[torch.Tensor]]:
+    """Cut minibatches into micro-batches, of which every rank makes the same number. Collective.
 
     Args:
-        trainer: whose precision counts.
-        module: whose sampling counts.
-        rollout: with the sampler's log-probs.
-        recomputed: (B, C) of the training forward.
+        module: with its token budget and its ranks.
+        parts: the minibatches.
 
     Returns:
-        "sampler" or "recompute", the same on all ranks.
+        Of each minibatch the rows of each forward; the last may be none, where a rank has fewer
+        groups than another has forwards.
     """
-    difference = (rollout.sampler_logprobs - recomputed).abs()
-    difference = torch.where(rollout.completion_mask, difference, 0.0)
-    # A NaN compares as not close enough.
-    is_far = not float(difference.max()) <= SAMPLER_TOLERANCE
-    num_far = float(module.sum_over_ranks(torch.tensor(float(is_far))))
-    is_exact = trainer.precision == "32-true" and not module.settings.sampling.restricts_tokens
-    choice: Literal["sampler", "recompute"]
-    choice = "sampler" if is_exact and num_far == 0 else "recompute"
-    rank_zero_info(
-        f"old log-probs: {choice} (sampler against training forward: at most "
-        f"{float(difference.max()):.1e} nats apart, precision {trainer.precision})"
-    )
-    return choice
 
+    def cut(num_parts: list[int]) -> list[list[torch.Tensor]]:
+        return [
+            split_microbatches(
+                part,
+                module.microbatch_tokens,
+                is_packed=module.policy.is_packing,
+                num_parts=number,
+            )
+            for part, number in zip(parts, num_parts, strict=True)
+        ]
 
-def equalize_over_ranks(module: GRPOModule, microbatches: list[list[torch.Tensor]]) -> None:
-    """Append empty micro-batches until every rank makes the same number of forwards.
-
-    Args:
-        module: adds over the ranks.
-        microbatches: of each minibatch, changed in place.
-    """
-    counts = torch.tensor([float(len(parts)) for parts in microbatches])
-    most = module.max_over_ranks(counts).tolist()
-    for parts, count in zip(microbatches, most, strict=True):
-        parts += [torch.zeros(0, dtype=torch.int64)] * (int(count) - len(parts))
+    microbatches = cut([1] * len(parts))
+    counts = [len(rows) for rows in microbatches]
+    found = module.max_over_ranks(torch.tensor(counts, dtype=torch.float64))
+    most = [int(count) for count in found.tolist()]
+    if most != counts:
+        microbatches = cut(most)
+    for rows, count in zip(microbatches, most, strict=True):
+        rows += [torch.zeros(0, dtype=torch.int64)] * (count - len(rows))
+    return microbatches
 
 
 def window_denominators(module: GRPOModule, parts: list[Rollout], window: int) -> list[float]:

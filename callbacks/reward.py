@@ -17,7 +17,7 @@ from lightning_grpo.loaders import Slot
 from lightning_grpo.metrics import MetricSums
 from lightning_grpo.module import GRPOModule
 from lightning_grpo.rewards import RewardFunction, Scorer, Scores
-from lightning_grpo.scoring import score_completions, with_scores
+from lightning_grpo.scoring import with_scores
 from lightning_grpo.types import Rollout
 
 
@@ -37,6 +37,12 @@ class RewardScoring(L.Callback):
         success_threshold: least value of that function that counts as right.
         extract_answer: finds the answer in a completion's text, for maj@k; the stripped text
             when null.
+        per_row: names of functions that score each row by itself, besides those that say so
+            (lightning_grpo.rewards.per_row): they are called, in threads, with rows that have
+            ended while others are being completed, for the same rewards. No function that uses
+            the GPU or logs a metric should be among them.
+        num_threads: threads for them; 0 scores everything after the rollout. Also under a true
+            half or double precision, whose default dtype all threads share, nothing begins early.
     """
 
     def __init__(
@@ -48,9 +54,13 @@ class RewardScoring(L.Callback):
         success_function: str | None = None,
         success_threshold: float = 1.0,
         extract_answer: Callable | None = None,
+        per_row: list[str] | None = None,
+        num_threads: int = 8,
     ) -> None:
         reward_functions: list[RewardFunction] = list(functions)
-        self.scorer = Scorer(reward_functions, weights, on_error, error_value)
+        self.scorer = Scorer(
+            reward_functions, weights, on_error, error_value, per_row or [], num_threads
+        )
         self.judge = Judge(success_function, success_threshold, extract_answer)
         if success_function is not None and success_function not in self.scorer.names:
             raise ValueError(
@@ -100,6 +110,13 @@ class RewardScoring(L.Callback):
         module.rollout, scores, seconds = reward_rollout(trainer, module, rollout)
         self._log(module, module.rollout, scores, seconds)
 
+    def on_exception(
+        self, trainer: L.Trainer, module: GRPOModule, exception: BaseException
+    ) -> None:
+        """Leave no reward function at work behind a run that has stopped."""
+        if module.early_scores is not None:
+            module.early_scores.cancel()
+
     def _log(self, module: GRPOModule, rollout: Rollout, scores: Scores, seconds: float) -> None:
         assert rollout.rewards is not None
         statistics = group_statistics(rollout.rewards, rollout.group_ids)
@@ -148,7 +165,7 @@ def reward_rollout(trainer: L.Trainer, module: GRPOModule, rollout: Rollout) -> 
     start = time.perf_counter()
     module.phase.enter("scoring")
     with failing_together(module, "scoring completions"):
-        scores = score_completions(module.required_scorer, rollout, module.trainer_state())
+        scores = module.score(rollout)
     scored = with_scores(rollout, scores)
     scored = pass_through_hook(trainer, "on_rewards_end", module, scored)
     seconds = time.perf_counter() - start

@@ -15,10 +15,12 @@ from lightning_grpo.hooks import pass_through_hook
 from lightning_grpo.loaders import Slot
 from lightning_grpo.module import GRPOModule
 from lightning_grpo.policy import eos_token_ids
-from lightning_grpo.rollout import RolloutSettings
+from lightning_grpo.rollout import RolloutSettings, own_samplings
 from lightning_grpo.run_state import global_seed
 from lightning_grpo.scoring import evaluating
 from lightning_grpo.types import PromptBatch, Rollout
+
+SPLITS = ("train", "val", "test", "predict")
 
 
 class RolloutGeneration(L.Callback):
@@ -31,6 +33,12 @@ class RolloutGeneration(L.Callback):
         top_p: keep the smallest set of tokens with at least this probability, (0, 1].
         max_completion_tokens: C, the longest completion in tokens, EOS included.
         stop_strings: texts that end a completion, besides the model's EOS ids.
+        bad_words: texts whose tokens, as the tokenizer makes them of the text by itself and behind
+            a space, are never drawn in a row; other tokens can still spell them.
+        min_completion_tokens: the shortest completion in tokens, EOS included.
+        sampling_column: data column with settings of a prompt's own: null, or a dict with some of
+            top_k, top_p, max_completion_tokens (at most that of all), min_completion_tokens, and
+            outside of training temperature.
         engine: native runs each prompt once for all its completions and drops finished ones; it
             checks itself against the model first and gives way to transformers, which runs every
             model through its own `generate`, where it cannot do one.
@@ -50,6 +58,9 @@ class RolloutGeneration(L.Callback):
         top_p: float = 1.0,
         max_completion_tokens: int = 256,
         stop_strings: list[str] | None = None,
+        bad_words: list[str] | None = None,
+        min_completion_tokens: int = 1,
+        sampling_column: str | None = None,
         engine: EngineName = "native",
         max_rows: int = 0,
         num_val_samples: int = 4,
@@ -57,14 +68,18 @@ class RolloutGeneration(L.Callback):
         val_temperature: float | None = None,
         seed: int | None = None,
     ) -> None:
-        sampling = Sampling(temperature, top_k, top_p, max_completion_tokens, stop_strings or [])
-        val_sampling = Sampling(
-            temperature if val_temperature is None else val_temperature,
+        sampling = Sampling(
+            temperature,
             top_k,
             top_p,
             max_completion_tokens,
             stop_strings or [],
+            bad_words or [],
+            min_completion_tokens,
         )
+        val_sampling = sampling
+        if val_temperature is not None:
+            val_sampling = replace(sampling, temperature=val_temperature)
         self.seed = seed
         self.settings = RolloutSettings(
             group_size=group_size,
@@ -75,6 +90,7 @@ class RolloutGeneration(L.Callback):
             num_val_samples=num_val_samples,
             pass_k=num_val_samples if pass_k is None else pass_k,
             seed=0 if seed is None else seed,
+            sampling_column=sampling_column,
         )
 
     def setup(self, trainer: L.Trainer, module: GRPOModule, stage: str) -> None:
@@ -85,25 +101,58 @@ class RolloutGeneration(L.Callback):
 
     def on_fit_start(self, trainer: L.Trainer, module: GRPOModule) -> None:
         """Check what the model and the data allow before anything is generated."""
-        check_can_complete(module, trainer.datamodule.longest_prompt)  # type: ignore[attr-defined]
-        if module.old_logprobs == "sampler" and self.settings.sampling.restricts_tokens:
+        self._check(trainer, module)
+        samplings = [self.settings.sampling, *self._own_samplings(trainer, is_training=True)]
+        if any(s.temperature != samplings[0].temperature for s in samplings):
             raise ValueError(
-                "model.old_logprobs sampler does not go with rollout.top_k or rollout.top_p: they "
-                "sample from another distribution than the one the loss differentiates"
+                f"the column {self.settings.sampling_column!r} of data.train_data has a "
+                "temperature, but that of training is one for all prompts (rollout.temperature): "
+                "the loss differentiates the log-probs at it"
             )
+        if module.choices.old_logprobs == "sampler" and any(s.restricts_tokens for s in samplings):
+            raise ValueError(
+                "model.old_logprobs sampler does not go with top_k, top_p, bad_words and "
+                "min_completion_tokens: with them the rollout samples from another distribution "
+                "than the one the loss differentiates"
+            )
+
+    def _check(self, trainer: L.Trainer, module: GRPOModule) -> None:
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        check_can_complete(module, data.longest_prompt)
+        name = self.settings.sampling_column
+        if name is not None and all(data.column(split, name) is None for split in SPLITS):
+            raise ValueError(f"rollout.sampling_column names {name!r}, which no data has")
+        self._own_samplings(trainer, is_training=False)
+
+    def _own_samplings(self, trainer: L.Trainer, *, is_training: bool) -> list[Sampling]:
+        """The samplings of all prompts of training, or of all others, if they have their own."""
+        name = self.settings.sampling_column
+        if name is None:
+            return []
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        samplings: list[Sampling] = []
+        common = self.settings.sampling if is_training else self.settings.val_sampling
+        for split in SPLITS[:1] if is_training else SPLITS[1:]:
+            try:
+                samplings += own_samplings(common, data.column(split, name) or [])
+            except ValueError as error:
+                raise ValueError(
+                    f"rollout.sampling_column {name!r} of data.{split}_data: {error}"
+                ) from error
+        return samplings
 
     def on_validation_start(self, trainer: L.Trainer, module: GRPOModule) -> None:
         """Check the same before `validate`; a fit has done so."""
         if trainer.state.fn == "validate":
-            check_can_complete(module, trainer.datamodule.longest_prompt)  # type: ignore[attr-defined]
+            self._check(trainer, module)
 
     def on_test_start(self, trainer: L.Trainer, module: GRPOModule) -> None:
         """Check the same before `test`."""
-        check_can_complete(module, trainer.datamodule.longest_prompt)  # type: ignore[attr-defined]
+        self._check(trainer, module)
 
     def on_predict_start(self, trainer: L.Trainer, module: GRPOModule) -> None:
         """Check the same before `predict`."""
-        check_can_complete(module, trainer.datamodule.longest_prompt)  # type: ignore[attr-defined]
+        self._check(trainer, module)
 
     def on_train_batch_start(
         self, trainer: L.Trainer, module: GRPOModule, batch: Slot, batch_idx: int

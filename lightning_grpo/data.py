@@ -235,6 +235,10 @@ class PromptDataModule(LightningDataModule):
         first = scored[0].columns if scored else {}
         return [name for name in first if all(name in prompts.columns for prompts in scored)]
 
+    def column(self, split: Split, name: str) -> list[Any] | None:
+        """One column of data that was read, None in rows that lack it; None where no row has it."""
+        return self._prompts[split].columns.get(name) if split in self._prompts else None
+
     def next_prompts(self) -> PromptBatch:
         """Take this rank's part of the next global batch of training prompts.
 

@@ -275,9 +275,9 @@ def _widened(logits: Tensor, temperature: float) -> Tensor:
     return z if temperature == 1.0 else z.div_(temperature)
 
 
-def _chunks(hidden: Tensor, width: int) -> list[slice]:
+def _chunks(hidden: Tensor, width: int, device: str | None = None) -> list[slice]:
     """Slices of rows with a bounded number of logits."""
-    most = _CHUNK_LOGITS.get(hidden.device.type, _CHUNK_LOGITS["cpu"])
+    most = _CHUNK_LOGITS.get(device or hidden.device.type, _CHUNK_LOGITS["cpu"])
     size = max(most // width, 64)  # fewer rows make the products slow
     return [slice(start, start + size) for start in range(0, len(hidden), size)]
 

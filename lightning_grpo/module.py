@@ -15,12 +15,11 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import lightning as L
-import torch
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -29,13 +28,15 @@ from transformers import PreTrainedTokenizerBase, TrainerState
 
 from lightning_grpo.adapters import Lora
 from lightning_grpo.algorithms import GRPO, PPO, Algorithm
+from lightning_grpo.building import make_policy, make_ready_to_fit
+from lightning_grpo.choices import Auto, Choices, OldLogprobs, chosen_by_options, resume_choices
 from lightning_grpo.critic import CriticSettings, critic_parameters
 from lightning_grpo.distributed import failing_together, gather_rows
 from lightning_grpo.evaluation import Judge, update_metrics, validation_metrics
 from lightning_grpo.generation import Engine, SamplingKey, build_engine
 from lightning_grpo.lifecycle import call_before_loading, enter_stage
 from lightning_grpo.loaders import EvalBatch, Slot
-from lightning_grpo.memory.run import refuse_what_cannot_fit
+from lightning_grpo.memory.run import refuse_what_cannot_fit, settle_memory
 from lightning_grpo.metrics import MetricSums
 from lightning_grpo.nonfinite import NonfiniteGuard
 from lightning_grpo.optimization import (
@@ -46,16 +47,15 @@ from lightning_grpo.optimization import (
     make_lr_scheduler,
     make_optimizer,
 )
-from lightning_grpo.packing_check import Packing, settle_packing
+from lightning_grpo.packing_check import Packing
 from lightning_grpo.paths import resolve_package_path
-from lightning_grpo.policy import Dtype, Policy, eos_token_ids, load_policy
-from lightning_grpo.reference import Reference, frozen_reference_hash, settle_reference
-from lightning_grpo.rewards import Scorer
+from lightning_grpo.policy import Dtype, Policy, eos_token_ids
+from lightning_grpo.reference import Reference, settle_reference
+from lightning_grpo.rewards import EarlyScores, Scorer, Scores
 from lightning_grpo.rollout import RolloutSettings, collect_rollout
 from lightning_grpo.run_state import Counters, Phase
 from lightning_grpo.saved_run import KEY, check_record, read_checkpoint, record_of, restore_record
-from lightning_grpo.scoring import score_completions
-from lightning_grpo.sharding import check_mesh, shard_policy
+from lightning_grpo.scoring import score_completions, start_scoring
 from lightning_grpo.snapshot import WeightSnapshot
 from lightning_grpo.stages import Stage, is_ppo, moves_policy
 from lightning_grpo.startup import refuse_unsupported, warn_of_idle_kl, warn_of_lost_updates
@@ -82,7 +82,8 @@ class GRPOModule(L.LightningModule):
             the usual choice on a GPU.
         attn_implementation: of transformers, such as sdpa, eager or flash_attention_2.
         lora: train low-rank adapters instead of all weights; the reference is then free.
-        activation_checkpointing: recompute activations in the backward pass, for memory.
+        activation_checkpointing: recompute activations in the backward pass: slower, and less
+            memory (auto: only where the estimated memory does not fit without).
         dropout: keep the model's dropout during the update.
         packing: forward the prompt of a group once for all its completions, and no padding (auto:
             where the architecture allows it and a check at the start agrees), or row by row (off).
@@ -97,7 +98,8 @@ class GRPOModule(L.LightningModule):
             linear warm-up; linear and cosine end at 0.
         num_warmup_steps: optimizer steps over which the learning rate rises from 0.
         microbatch_tokens: most tokens of one forward with gradients, padding counted where there
-            is any. It changes memory and speed, never the gradient.
+            is any (auto: the largest power of two that fits, at most 16384 on a CPU and 65536 on a
+            GPU). It changes memory and speed, never the gradient.
         old_policy: keep the old policy as log-probs, or as a copy of the weights too, which a
             rollback needs.
         old_logprobs: recompute the old log-probs with a forward, trust the sampler's, or (auto)
@@ -112,8 +114,9 @@ class GRPOModule(L.LightningModule):
     """What is wrong with the critic, until it is freed for it."""
     num_critic_failures: int = 0
     """Critics that were freed because they gave no finite numbers."""
+    is_forward_settled: bool = False
+    """Whether the policy forwards as it will in a fit."""
     _is_ready_to_fit: bool = False
-    _is_packing_settled: bool = False
     may_use_critic: bool = True
     """Whether PPO can come up at all in this run."""
     num_critic_warmup_iterations: int = 0
@@ -124,6 +127,8 @@ class GRPOModule(L.LightningModule):
     """Whether a supervised phase came before."""
     initial_hash: str = ""
     """Of the weights that the model's folder gave."""
+    early_scores: EarlyScores | None = None
+    """Of the rows of a rollout that is not scored yet."""
     print_above_bar: Callable[..., None] | None = None
     """Set by a progress bar that others must not print into."""
 
@@ -136,7 +141,7 @@ class GRPOModule(L.LightningModule):
         dtype: Dtype = "float32",
         attn_implementation: str | None = None,
         lora: Lora | None = None,
-        activation_checkpointing: bool = False,
+        activation_checkpointing: bool | Auto = "auto",
         dropout: bool = False,
         packing: Packing = "auto",
         algorithm: Algorithm | None = None,
@@ -147,17 +152,15 @@ class GRPOModule(L.LightningModule):
         optimizer: OptimizerCallable = adamw,
         lr_schedule: LRSchedule = "constant",
         num_warmup_steps: int = 0,
-        microbatch_tokens: int = 16384,
+        microbatch_tokens: int | Auto = "auto",
         old_policy: Literal["logprobs", "weights"] = "logprobs",
-        old_logprobs: Literal["auto", "recompute", "sampler"] = "auto",
+        old_logprobs: OldLogprobs | Auto = "auto",
         max_nonfinite_steps: int = 3,
         check_memory: bool = True,
     ) -> None:
         super().__init__()
         if beta < 0:
             raise ValueError(f"model.beta must be >= 0, got {beta}")
-        if microbatch_tokens < 1:
-            raise ValueError(f"model.microbatch_tokens must be >= 1, got {microbatch_tokens}")
         self.name_or_path = name_or_path
         self.init = init
         self.load_options: dict[str, Any] = {
@@ -166,10 +169,12 @@ class GRPOModule(L.LightningModule):
             "dtype": dtype,
             "attn_implementation": attn_implementation,
             "lora": lora,
-            "activation_checkpointing": activation_checkpointing,
             "dropout": dropout,
         }
-        self.packing: Packing = packing
+        self.option_choices = chosen_by_options(
+            microbatch_tokens, activation_checkpointing, packing, old_logprobs
+        )
+        self.choices = self.option_choices
         self.algorithm: Algorithm = algorithm or GRPO()
         self.ppo = ppo
         self.critic_settings = critic
@@ -178,10 +183,8 @@ class GRPOModule(L.LightningModule):
         self.make_optimizer = optimizer
         self.lr_schedule = lr_schedule
         self.num_warmup_steps = num_warmup_steps
-        self.microbatch_tokens = microbatch_tokens
         self.old_policy_form = old_policy
         self.check_memory = check_memory
-        self.old_logprobs = old_logprobs
 
         path = resolve_package_path(tokenizer or name_or_path)
         self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(
@@ -213,6 +216,7 @@ class GRPOModule(L.LightningModule):
         """Refuse what cannot work, and find out where the run writes (on rank 0, for all)."""
         refuse_unsupported(self.trainer, stage)
         if stage == "fit":
+            settle_memory(self, self.trainer)
             if self.check_memory:
                 refuse_what_cannot_fit(self, self.trainer)
             call_before_loading(self.trainer.strategy, self._make_room_for)
@@ -221,54 +225,20 @@ class GRPOModule(L.LightningModule):
     def configure_model(self) -> None:
         """Load the policy, shard it under FSDP2; for a fit take the reference, make the critic."""
         if self.policy is None:
-            self._load_policy()
+            make_policy(self)
         if self.trainer.state.fn == "fit":
             if not self._is_ready_to_fit:
-                self._take_reference()
+                make_ready_to_fit(self)
+                self._is_ready_to_fit = True
             enter_stage(self, self.stage)
 
-    def _load_policy(self) -> None:
-        with torch.random.fork_rng(devices=[]):
-            # Random weights and adapters have to be the same on every rank.
-            torch.default_generator.manual_seed(self.settings.seed)
-            policy = load_policy(
-                self.name_or_path, num_tokens=len(self.tokenizer), **self.load_options
-            )
-        self.strict_loading = not policy.is_lora
-        is_fitting = self.trainer.state.fn == "fit"
-        if is_fitting:
-            self._settle_packing(policy)
-        if self.beta > 0 and is_fitting and self.trainer.is_global_zero:
-            self.initial_hash = frozen_reference_hash(policy)
-        if self.device_mesh is not None:
-            check_mesh(self.device_mesh)
-            shard_policy(policy, self.device_mesh["data_parallel"])
-        self.policy = policy
-
-    def _settle_packing(self, policy: Policy) -> None:
-        settle_packing(policy, self.packing)
-        self._is_packing_settled = True
-
-    def _take_reference(self) -> None:
-        if not self._is_packing_settled and self.device_mesh is None:
-            self._settle_packing(self.policy)  # it was loaded to be measured
-        if self.beta > 0 and not self.initial_hash and self.trainer.is_global_zero:
-            if self.device_mesh is not None:
-                raise ValueError(
-                    "under FSDP2 a module that was validated first cannot be fitted: make another"
-                )
-            self.initial_hash = frozen_reference_hash(self.policy)
-        self.reference = Reference(self.policy) if self.beta > 0 else None
-        self.old_policy = WeightSnapshot(self.policy) if self.old_policy_form == "weights" else None
-        self.policy.train()
-        self._is_ready_to_fit = True
-
     def _make_room_for(self, path: Path) -> None:
-        """Build or free the critic as a checkpoint needs it, whose weights are loaded next."""
+        """Do as the run of a checkpoint did, and make or free the critic: weights come next."""
         if self.trainer.state.fn != "fit":
             return
         saved = read_checkpoint(path)[KEY]
         check_record(self, saved)
+        resume_choices(self, saved["choices"])
         enter_stage(self, saved["stage"])
 
     def configure_optimizers(self) -> Any:
@@ -422,13 +392,16 @@ class GRPOModule(L.LightningModule):
 
     # Completions
 
-    def make_rollout(self, prompts: PromptBatch, *, is_training: bool) -> Rollout:
+    def make_rollout(
+        self, prompts: PromptBatch, *, is_training: bool, is_scored: bool = True
+    ) -> Rollout:
         """Complete prompts with the policy as it is.
 
         Args:
             prompts: N prompts.
             is_training: with the training settings and the iteration's draws, or those of
                 validation, which are the same at every validation.
+            is_scored: reward functions may begin with rows that have ended; `score` ends it.
 
         Returns:
             A rollout without rewards.
@@ -437,15 +410,42 @@ class GRPOModule(L.LightningModule):
         key = SamplingKey(settings.seed, self.counters.iterations)
         if not is_training:
             key = SamplingKey(settings.seed + _VAL_SEED_OFFSET, 0)
-        return collect_rollout(
-            self.engine,
-            self.tokenizer,
-            prompts,
-            settings.sampling if is_training else settings.val_sampling,
-            settings.group_size if is_training else settings.num_val_samples,
-            key=key,
-            on_finished=self.phase.advance,
-        )
+        group_size = settings.group_size if is_training else settings.num_val_samples
+        early = EarlyScores({})
+        if is_scored and self.scorer is not None:
+            early = start_scoring(self.scorer, prompts, group_size, self.trainer_state())
+        num_rows, num_done = len(prompts) * group_size, 0
+
+        def on_completed(rows: Sequence[int], *completed: Any) -> None:
+            nonlocal num_done
+            num_done += len(rows)
+            self.phase.advance(num_done, num_rows)
+            early.add(rows, *completed)
+
+        with early:
+            rollout = collect_rollout(
+                self.engine,
+                self.tokenizer,
+                prompts,
+                settings.sampling_of(prompts, is_training=is_training),
+                group_size,
+                key=key,
+                on_completed=on_completed,
+            )
+        self.early_scores = early
+        return rollout
+
+    def score(self, rollout: Rollout) -> Scores:
+        """Give a rollout's completions to the reward functions.
+
+        Args:
+            rollout: B rows, made by `make_rollout` and perhaps changed.
+
+        Returns:
+            Rewards of B rows and what the functions logged.
+        """
+        early, self.early_scores = self.early_scores, None
+        return score_completions(self.required_scorer, rollout, self.trainer_state(), early)
 
     @property
     def engine(self) -> Engine:
@@ -457,6 +457,7 @@ class GRPOModule(L.LightningModule):
                 self.tokenizer,
                 eos_token_ids(self.policy, self.tokenizer),
                 max_rows=self.settings.max_rows,
+                first_decoder=self.choices.decoder,
             )
         return self._engine
 
@@ -470,13 +471,13 @@ class GRPOModule(L.LightningModule):
 
     def predict_step(self, batch: EvalBatch, batch_idx: int) -> Rollout:
         """Complete a batch of prompts."""
-        return self.make_rollout(batch.prompts, is_training=False)
+        return self.make_rollout(batch.prompts, is_training=False, is_scored=False)
 
     def _evaluate(self, prompts: PromptBatch, metrics: MetricCollection, phase: str) -> None:
         self.phase.enter(phase)
         rollout = self.make_rollout(prompts, is_training=False)
         with failing_together(self, "scoring completions"):
-            scores = score_completions(self.required_scorer, rollout, self.trainer_state())
+            scores = self.score(rollout)
             successes = self.judge.successes(scores.function_rewards) if len(rollout) else []
             answers = self.judge.answers(rollout.completions)
         update_metrics(
@@ -520,6 +521,12 @@ class GRPOModule(L.LightningModule):
     def acting_algorithm(self) -> Algorithm:
         """The algorithm whose advantages count now."""
         return self.ppo if is_ppo(self.stage) else self.algorithm
+
+    @property
+    def microbatch_tokens(self) -> int:
+        """Most tokens of one forward with gradients, as chosen."""
+        assert self.choices.microbatch_tokens is not None
+        return self.choices.microbatch_tokens
 
     @property
     def uses_group_baseline(self) -> bool:
@@ -578,7 +585,10 @@ class GRPOModule(L.LightningModule):
         restore_record(self, checkpoint[KEY])
         self.queue.clear()
         self.rollout = None
-        if self.trainer.state.fn != "fit" and "state_dict" in checkpoint:
+        if self.trainer.state.fn == "fit":
+            return
+        self.choices = Choices(**checkpoint[KEY]["choices"])
+        if "state_dict" in checkpoint:
             saved, own = checkpoint["state_dict"], self.state_dict()
             policy = {k: v for k, v in saved.items() if not k.startswith("critic.")}
             critic = {k: v for k, v in own.items() if k.startswith("critic.")}

@@ -30,6 +30,7 @@ from lightning_grpo.paths import resolve_package_path
 from lightning_grpo.trunk import (
     checkpoint_activations,
     completion_states,
+    keep_activations,
     layout_for,
     padded_inputs,
     zero_dropout,
@@ -265,6 +266,11 @@ class Policy(nn.Module):
         """Recompute activations in the backward pass, with the adapter of the forward."""
         checkpoint_activations(self.causal_lm, lambda: same_adapter(self.model))
         self.is_checkpointing_activations = True
+
+    def keep_activations(self) -> None:
+        """Keep activations from the forward to the backward pass."""
+        keep_activations(self.causal_lm)
+        self.is_checkpointing_activations = False
 
     @property
     def max_positions(self) -> int | None:

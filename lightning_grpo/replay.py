@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,7 +30,7 @@ def split_minibatches(rollout: Rollout, num_minibatches: int, *, shuffle_key: st
     Raises:
         ValueError: there are fewer groups than minibatches.
     """
-    groups = _rows_by_group(rollout)
+    groups = rows_by_group(rollout)
     if len(groups) < num_minibatches:
         raise ValueError(
             f"replay.num_minibatches is {num_minibatches} but this rank holds only {len(groups)} "
@@ -53,18 +54,24 @@ def split_minibatches(rollout: Rollout, num_minibatches: int, *, shuffle_key: st
 
 
 def split_microbatches(
-    rollout: Rollout, max_tokens: int, *, is_packed: bool = False
+    rollout: Rollout, max_tokens: int, *, is_packed: bool = False, num_parts: int = 1
 ) -> list[Tensor]:
-    """Cut a minibatch into forwards of at most `max_tokens` tokens.
+    """Cut a minibatch into as few forwards of at most `max_tokens` tokens as it takes, all alike.
 
-    Groups of similar length go together; a group that is larger than the budget is split, and
-    its prompt is then forwarded with each part.
+    A group that is larger than the budget is split, and its prompt is then forwarded with each
+    part. Groups fill parts up to the budget, and then up to the lowest limit that makes no more
+    parts.
+
+    Source: Coffman, Garey, Johnson, "An application of bin-packing to multiprocessor scheduling"
+    (MULTIFIT, SIAM J. Comput. 1978); departs where rows are padded, which keeps groups of similar
+    length together.
 
     Args:
         rollout: the rows of one minibatch.
         max_tokens: budget of one forward; a single row may exceed it.
         is_packed: whether a forward takes the prompt of a group once and no padding; otherwise
             every row counts as the longest prompt and the longest completion.
+        num_parts: fewest forwards, as far as there are groups for them.
 
     Returns:
         Tensors of row indices; every row is in exactly one.
@@ -73,25 +80,87 @@ def split_microbatches(
     prompt_lengths: list[int] = rollout.prompt_mask.sum(1).tolist()
     completion_lengths: list[int] = rollout.completion_mask.sum(1).tolist()
 
-    def width(rows: list[int]) -> int:
-        return max(prompt_lengths[r] for r in rows) + max(completion_lengths[r] for r in rows)
-
-    def cost(rows: list[int]) -> int:
-        if not is_packed:
-            return width(rows) * len(rows)
+    def size(rows: list[int]) -> _Size:
         columns = (group_ids, prompt_lengths, completion_lengths)
-        return num_packed_tokens(*([column[r] for r in rows] for column in columns))
+        packed = num_packed_tokens(*([column[r] for r in rows] for column in columns))
+        prompt, completion = (max(column[r] for r in rows) for column in columns[1:])
+        return _Size(len(rows), prompt, completion, packed if is_packed else None)
 
-    pieces = [part for group in _rows_by_group(rollout) for part in _cut(group, cost, max_tokens)]
-    pieces.sort(key=width, reverse=True)
-    microbatches: list[list[int]] = []
-    for piece in pieces:
-        joined = microbatches[-1] + piece if microbatches else piece
-        if microbatches and cost(joined) <= max_tokens:
-            microbatches[-1] = joined
+    pieces = [
+        part
+        for group in rows_by_group(rollout)
+        for part in _cut(group, lambda rows: size(rows).cost, max_tokens)
+    ]
+    pieces.sort(key=lambda rows: -size(rows).width)
+    sizes = [size(rows) for rows in pieces]
+    parts = _filled(sizes, max_tokens)
+    num_parts = max(num_parts, len(parts))
+    low, high = max((s.cost for s in sizes), default=0), max_tokens
+    while num_parts > 1 and low < high:
+        middle = (low + high) // 2
+        filled = _filled(sizes, middle)
+        if len(filled) > num_parts:
+            low = middle + 1
         else:
-            microbatches.append(piece)
-    return [torch.tensor(rows, dtype=torch.int64) for rows in microbatches]
+            parts, high = filled, middle
+    rows = [[row for piece in sorted(part) for row in pieces[piece]] for part in parts]
+    return [torch.tensor(part, dtype=torch.int64) for part in rows]
+
+
+class _Size(NamedTuple):
+    """What decides the tokens of a forward."""
+
+    num_rows: int
+    prompt: int
+    completion: int
+    packed: int | None
+
+    @property
+    def width(self) -> int:
+        """Tokens of a row with the longest prompt and the longest completion."""
+        return self.prompt + self.completion
+
+    @property
+    def cost(self) -> int:
+        """Tokens that are forwarded."""
+        return self.width * self.num_rows if self.packed is None else self.packed
+
+    def join(self, other: _Size) -> _Size:
+        """The size of both in one forward."""
+        packed = None
+        if self.packed is not None and other.packed is not None:
+            packed = self.packed + other.packed
+        return _Size(
+            self.num_rows + other.num_rows,
+            max(self.prompt, other.prompt),
+            max(self.completion, other.completion),
+            packed,
+        )
+
+
+def _filled(sizes: list[_Size], limit: int) -> list[list[int]]:
+    """Put pieces, the widest first, into parts of at most `limit` tokens, if a piece alone is not.
+
+    Packed ones go, the largest first, to the first part with room; padded ones to the last part or
+    a new one, as narrow rows among wide ones would be padded most.
+    """
+    order = list(range(len(sizes)))
+    is_packed = bool(sizes) and sizes[0].packed is not None
+    if is_packed:
+        order.sort(key=lambda i: -sizes[i].cost)
+    parts: list[list[int]] = []
+    totals: list[_Size] = []
+    for piece in order:
+        for part in range(0 if is_packed else max(len(parts) - 1, 0), len(parts)):
+            joined = totals[part].join(sizes[piece])
+            if joined.cost <= limit:
+                parts[part].append(piece)
+                totals[part] = joined
+                break
+        else:
+            parts.append([piece])
+            totals.append(sizes[piece])
+    return parts
 
 
 def _cut(group: list[int], cost: Callable[[list[int]], int], max_tokens: int) -> list[list[int]]:
@@ -137,7 +206,8 @@ def trim_padding(rollout: Rollout) -> Rollout:
     return rollout.replace(**changes)
 
 
-def _rows_by_group(rollout: Rollout) -> list[list[int]]:
+def rows_by_group(rollout: Rollout) -> list[list[int]]:
+    """The rows of each group, in the order of their first rows."""
     rows: dict[int, list[int]] = {}
     for row, group in enumerate(rollout.group_ids.tolist()):
         rows.setdefault(group, []).append(row)

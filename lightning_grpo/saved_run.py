@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from lightning_grpo.checkpoints.manifest import MANIFEST
+from lightning_grpo.checkpoints.store import open_checkpoint
 from lightning_grpo.run_state import Counters
 
 if TYPE_CHECKING:
@@ -17,12 +19,12 @@ KEY = "lightning_grpo"
 
 
 def record_of(module: GRPOModule) -> dict[str, Any]:
-    """Counters, beta, stage, and what is known of the reference, as plain values."""
+    """Counters, beta, choices, stage, and what is known of the reference, as plain values."""
     return {
         "counters": asdict(module.counters),
         "beta": module.beta,
         "is_lora": module.policy.is_lora,
-        "old_logprobs": module.old_logprobs,
+        "choices": asdict(module.choices),
         "is_cold_started": module.is_cold_started,
         "reference": dict(module.reference_record),
         "stage": module.stage,
@@ -33,11 +35,9 @@ def record_of(module: GRPOModule) -> dict[str, Any]:
 
 
 def restore_record(module: GRPOModule, saved: dict[str, Any]) -> None:
-    """Take back what `record_of` gave; the stage comes earlier, see `check_record`."""
+    """Take back what `record_of` gave; stage and choices come earlier, before the weights."""
     module.counters = Counters(**saved["counters"])
     module.beta = saved["beta"]
-    if module.old_logprobs == "auto":  # what is set explicitly counts more than what was found
-        module.old_logprobs = saved["old_logprobs"]
     module.is_cold_started = saved["is_cold_started"]
     module.reference_record = saved["reference"]
     module.critic_failure = saved["critic_failure"]
@@ -73,11 +73,13 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     """All of a checkpoint but its weights, which are not read.
 
     Args:
-        path: a file, or the folder of a sharded checkpoint.
+        path: a checkpoint folder of ours, a file, or a folder that Lightning has sharded.
 
     Returns:
         Its content; tensors of a file are on the meta device.
     """
+    if (path / MANIFEST).exists():
+        return open_checkpoint(path).read_state()
     file = path / "meta.pt" if path.is_dir() else path
     content: dict[str, Any] = torch.load(file, map_location="meta", weights_only=True, mmap=True)
     return content

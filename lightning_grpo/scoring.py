@@ -13,8 +13,9 @@ from transformers import TrainerState
 from lightning_grpo.critic import Critic
 from lightning_grpo.forward import forward_rows, microbatch
 from lightning_grpo.policy import Policy
-from lightning_grpo.rewards import Scorer, Scores
-from lightning_grpo.types import Rollout
+from lightning_grpo.rewards import EarlyScores, Scorer, Scores
+from lightning_grpo.rollout import completion_lists, repeated_columns
+from lightning_grpo.types import PromptBatch, Rollout
 
 
 @contextlib.contextmanager
@@ -28,28 +29,50 @@ def evaluating(module: nn.Module) -> Iterator[None]:
         module.train(was_training)
 
 
-def score_completions(scorer: Scorer, rollout: Rollout, state: TrainerState) -> Scores:
+def start_scoring(
+    scorer: Scorer, prompts: PromptBatch, group_size: int, state: TrainerState
+) -> EarlyScores:
+    """Get ready to score the rows of a rollout as they end.
+
+    Args:
+        scorer: the reward functions.
+        prompts: N prompts, about to be completed.
+        group_size: G, completions per prompt.
+        state: where the run stands, for functions that ask.
+
+    Returns:
+        What takes the rows.
+    """
+    if torch.get_default_dtype() != torch.float32:
+        # The trainer's, which all threads share: functions would compute with it.
+        return EarlyScores({})
+    repeated = [prompt for prompt in prompts.prompts for _ in range(group_size)]
+    return scorer.start_early(repeated, repeated_columns(prompts, group_size), state)
+
+
+def score_completions(
+    scorer: Scorer, rollout: Rollout, state: TrainerState, early: EarlyScores | None = None
+) -> Scores:
     """Give a rollout's completions to the reward functions.
 
     Args:
         scorer: the reward functions.
         rollout: B rows.
         state: where the run stands, for functions that ask.
+        early: rows that have been scored; any of them that the rollout has otherwise is scored
+            again.
 
     Returns:
         Rewards of B rows and what the functions logged.
     """
-    lengths = rollout.completion_mask.sum(1).tolist()
-    completion_ids = [
-        row[:length] for row, length in zip(rollout.completion_ids.tolist(), lengths, strict=True)
-    ]
     with plain_precision(rollout.completion_ids.device):
         return scorer(
             rollout.prompts,
             rollout.completions,
-            completion_ids,
+            completion_lists(rollout.completion_ids, rollout.completion_mask),
             rollout.columns,
             trainer_state=state,
+            early=early,
         )
 
 

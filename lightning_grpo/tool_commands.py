@@ -14,7 +14,11 @@ from jsonargparse import ArgumentParser
 # Subcommand -> module that holds the function of that name.
 TOOLS = {
     "memory": "lightning_grpo.tools.memory",
+    "benchmark": "lightning_grpo.tools.benchmark",
     "export_critic": "lightning_grpo.tools.export_critic",
+    "export": "lightning_grpo.tools.export",
+    "convert": "lightning_grpo.tools.convert",
+    "generate": "lightning_grpo.tools.generate",
 }
 
 
@@ -45,6 +49,8 @@ def run_tool(args: Sequence[str], fit_sections: Collection[str]) -> None:
     keywords: dict[str, Any] = {}
     if "overrides" in inspect.signature(function).parameters:
         options, keywords["overrides"] = split_overrides(options, fit_sections)
+    if options and not options[0].startswith("-"):  # the first parameter needs no name
+        options = [f"--{next(iter(inspect.signature(function).parameters))}", *options]
     parser.add_function_arguments(function, skip=set(keywords), sub_configs=False)
     parsed = parser.instantiate_classes(parser.parse_args(options))
     function(**parsed, **keywords)

@@ -142,6 +142,16 @@ def checkpoint_activations(
     (enable or model.gradient_checkpointing_enable)(options)
 
 
+def keep_activations(model: Any) -> None:
+    """Undo `checkpoint_activations`.
+
+    Args:
+        model: changed in place.
+    """
+    disable = getattr(model, "activation_checkpointing_disable", None)
+    (disable or model.gradient_checkpointing_disable)()
+
+
 def zero_dropout(model: nn.Module) -> None:
     """Switch off every dropout of a model for good.
 

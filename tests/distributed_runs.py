@@ -22,7 +22,9 @@ from lightning_grpo.module import GRPOModule
 from lightning_grpo.types import Minibatch, MinibatchOutput, Rollout
 
 
-def on_two_ranks(job: Callable[..., Any], folder: Path, *args: Any, timeout: float = 90) -> list:
+def on_two_ranks(
+    job: Callable[..., Any], folder: Path, *args: Any, timeout: float = 90, start: str = "spawn"
+) -> list:
     """Call a top-level function in two processes that can find each other.
 
     Args:
@@ -30,6 +32,7 @@ def on_two_ranks(job: Callable[..., Any], folder: Path, *args: Any, timeout: flo
         folder: for what the ranks return.
         *args: of the job.
         timeout: seconds after which both are killed.
+        start: how the processes begin; a fork has all modules already.
 
     Returns:
         What the job returned on rank 0 and on rank 1; an exception as its printed traceback.
@@ -37,7 +40,7 @@ def on_two_ranks(job: Callable[..., Any], folder: Path, *args: Any, timeout: flo
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context(start)
     paths = [folder / f"rank_{rank}.pt" for rank in range(2)]
     ranks = [
         context.Process(target=_enter, args=(rank, port, job, args, str(paths[rank])), daemon=True)

@@ -139,9 +139,9 @@ def test_two_processes_count_train_and_resume_as_one_does(
     assert same_bits(first["whole_weights"], second["whole_weights"])
     assert first["outputs"] == second["outputs"]
     assert first["validation"] == second["validation"]
-    # Rank 0 and rank 1 hold the two halves of each batch, whose lengths differ.
-    assert first["lengths"][0] + second["lengths"][0] == alone["lengths"][0]
-    assert max(first["lengths"][0]) != max(second["lengths"][0])
+    # Rank 0 and rank 1 make the two halves of each batch, and may exchange groups then.
+    both = first["lengths"][0] + second["lengths"][0]
+    assert sorted(both) == sorted(alone["lengths"][0])
     for name in ("reward/mean", "reward/std", "completion/tokens_mean", "group/zero_std_frac"):
         assert first["logged"][name] == second["logged"][name]
         assert first["logged"][name] == pytest.approx(alone["logged"][name]), name

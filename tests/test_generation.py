@@ -12,6 +12,7 @@ from lightning_grpo.generation import (
     SamplingKey,
     TransformersEngine,
     build_engine,
+    decode_loop,
 )
 from lightning_grpo.generation.sampling import keyed_uniforms, sample_tokens
 from lightning_grpo.policy import Policy, load_policy
@@ -230,21 +231,29 @@ def test_padding_rows_of_the_embedding_are_never_drawn(make_engine, char_model: 
     assert (again - rollout.sampler_logprobs).abs().max() < 1e-5
 
 
-def test_finished_rows_are_counted_as_they_end(make_engine, char_model: str):
+@pytest.mark.parametrize("check_every", [1, 7])
+def test_every_row_is_handed_out_once_as_it_ends(
+    make_engine, char_model: str, check_every: int, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setitem(decode_loop._CHECK_EVERY, "cpu", check_every)
     policy, tokenizer = load(char_model, scale=1.0)
     engine = make_engine(policy, tokenizer, list(range(1, 12)), max_rows=6)
-    seen: list[tuple[int, int]] = []
-    batch = prompts(["12="] * 3, tokenizer)
-    engine.generate(
-        batch,
-        Sampling(max_completion_tokens=30),
+    reports: list[dict[int, list[int]]] = []
+    result = engine.generate(
+        prompts(["12="] * 3, tokenizer),
+        Sampling(max_completion_tokens=4),
         4,
         key=KEY,
-        on_finished=lambda done, total: seen.append((done, total)),
+        on_finished=lambda rows, ids: reports.append(dict(zip(rows, ids, strict=True))),
     )
-    counts = [done for done, _ in seen]
-    assert counts == sorted(counts)
-    assert seen[-1] == (12, 12)
+    assert all(reports) and len(reports) >= 2
+    handed_out = [row for report in reports for row in report]
+    assert sorted(handed_out) == list(range(12))
+    found = {row: ids for report in reports for row, ids in report.items()}
+    for row in range(12):
+        mask = result.completion_mask[row]
+        assert found[row] == result.completion_ids[row][mask].tolist()
+    assert bool(result.truncated.any()) and not bool(result.truncated.all())
 
 
 def test_no_prompts_give_no_completions(make_engine, char_model: str):

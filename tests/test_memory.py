@@ -345,7 +345,7 @@ def test_what_does_not_fit_is_refused_with_the_nearest_change_that_would():
 
 def test_changes_are_looked_for_in_their_order_and_then_together():
     # The rollout takes most: only fewer rows help.
-    rollout = small(microbatch_tokens=1, group_size=2)
+    rollout = small(microbatch_tokens=1, group_size=2, engine="transformers")
     limit = estimate_memory(replace(rollout, max_rows=8)).peak
     assert nearest_that_fits(rollout, limit)[0] == ["rollout.max_rows 8"]
     # The state of a separate critic takes most.
@@ -428,7 +428,7 @@ def test_the_tool_prints_tables_and_writes_numbers(capsys, char_model, monkeypat
         assert word in text
     assert "reference" not in text and "2 rows decoded at a time" in " ".join(text.split())
     numbers = json.loads(Path("numbers.json").read_text())
-    assert numbers["parts_bytes"]["KV cache"]["rollout"] == 2 * (9 + 4) * 2 * 2 * 32 * 4
+    assert numbers["parts_bytes"]["KV cache"]["rollout"] == (9 + 2 * 4) * 2 * 2 * 32 * 4
     assert numbers["peak_bytes"] == max(numbers["total_bytes"].values())
     assert numbers["critics"]["PPO, lora"] is None
     assert numbers["critics"]["PPO, separate"]["peak_bytes"] > numbers["peak_bytes"]

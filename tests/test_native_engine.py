@@ -188,6 +188,13 @@ def test_tokens_are_drawn_from_the_distribution_that_is_reported(temperature: fl
     assert chi_square < 31.3  # 99.9 % quantile of chi square with 11 degrees of freedom
 
 
+def test_a_batch_without_prompts_may_come_after_others():
+    engine = NativeEngine(tiny_policy(), TOKENIZER, [1])
+    for texts in (PROMPTS, []):
+        drawn = engine.generate(batch_of(texts), Sampling(max_completion_tokens=3), 2, key=KEY)
+        assert len(drawn.completion_ids) == 2 * len(texts)
+
+
 def test_a_prompt_runs_once_however_many_completions_it_gets():
     policy = tiny_policy()
     batch = batch_of(["123456", "12=456", "123456", "777777"])

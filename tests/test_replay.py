@@ -16,7 +16,6 @@ from lightning_grpo.algorithms import GRPO
 from lightning_grpo.callbacks import InnerEpochReplay
 from lightning_grpo.module import GRPOModule
 from lightning_grpo.replay import split_microbatches, split_minibatches, trim_padding
-from lightning_grpo.saved_run import restore_record
 from lightning_grpo.types import LossOutput, Minibatch, MinibatchOutput, Rollout
 
 STOPS = {"stop_strings": list("012345")}
@@ -267,7 +266,7 @@ def test_the_samplers_log_probs_serve_only_where_they_agree(
         num_epochs=2, rollout=STOPS | sampling, precision=precision, max_steps=2, max_epochs=-1
     )
     trainer.fit(module, datamodule=make_data())
-    assert module.old_logprobs == choice
+    assert module.choices.old_logprobs == choice
 
 
 class KeepWeights(L.Callback):
@@ -327,19 +326,3 @@ def test_the_second_minibatch_has_the_ratio_of_the_moved_policy(char_model):
         torch.testing.assert_close(found[row, : len(ratio)], ratio, rtol=1e-9, atol=0)
         largest = max(largest, float((ratio - 1).abs().max()))
     assert largest > 0.01
-
-
-def test_what_is_set_explicitly_counts_more_than_what_a_checkpoint_found(char_model):
-    for configured, expected in (("auto", "sampler"), ("recompute", "recompute")):
-        module = make_module(char_model, old_logprobs=configured)
-        saved = {
-            "counters": {},
-            "beta": 0.04,
-            "old_logprobs": "sampler",
-            "is_cold_started": False,
-            "reference": {},
-            "critic_failure": None,
-            "num_critic_failures": 0,
-        }
-        restore_record(module, saved)
-        assert module.old_logprobs == expected

@@ -65,7 +65,14 @@ MODELS: dict[str, tuple[str, dict[str, Any], str]] = {
 }
 # EOS ids, sampling, max_rows.
 ALL_IDS = list(range(len(TOKENIZER)))
-CASES: dict[str, tuple[list[int], Sampling, int]] = {
+OWN = [
+    Sampling(max_completion_tokens=11),
+    Sampling(0.0, max_completion_tokens=4),
+    Sampling(0.7, 3, 0.8, max_completion_tokens=20, min_completion_tokens=7),
+    Sampling(2.0, top_p=0.5, max_completion_tokens=1),
+    Sampling(max_completion_tokens=20),
+]
+CASES: dict[str, tuple[list[int], Any, int]] = {
     "no-eos-greedy": ([], Sampling(0.0, max_completion_tokens=12), 0),
     "ragged": (list(range(1, 9)), Sampling(0.7, max_completion_tokens=30), 0),
     "refill": (list(range(1, 6)), Sampling(max_completion_tokens=30), 7),
@@ -77,6 +84,17 @@ CASES: dict[str, tuple[list[int], Sampling, int]] = {
     ),
     "eos-at-once": (ALL_IDS, Sampling(), 0),
     "one-token": ([1], Sampling(max_completion_tokens=1), 6),
+    "bad-words": (
+        [1, 2, 3],
+        Sampling(
+            max_completion_tokens=20,
+            stop_strings=["1"],
+            bad_words=["7", "ab", "3b4", "c "],
+            min_completion_tokens=4,
+        ),
+        7,
+    ),
+    "own": (list(range(1, 7)), OWN, 6),
 }
 
 

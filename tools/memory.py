@@ -12,8 +12,8 @@ import torch
 from rich.console import Console
 
 from lightning_grpo.critic import CriticSettings
+from lightning_grpo.memory.device import device_limit
 from lightning_grpo.memory.estimate import MemoryEstimate, MemorySettings, Sharding, estimate_memory
-from lightning_grpo.memory.run import device_limit
 from lightning_grpo.paths import resolve_package_path
 from lightning_grpo.tools.memory_tables import critic_table, memory_table, notes
 from lightning_grpo.tools.run_config import (
@@ -41,7 +41,8 @@ def memory(
     """Print what a run takes in memory, part by part and phase by phase, and what a critic adds.
 
     No weights are loaded and no data is read. Options of `fit`, such as
-    `--model.microbatch_tokens 4096` or `--rollout.max_rows 64`, are taken as `fit` takes them.
+    `--model.microbatch_tokens 4096` or `--rollout.max_rows 64`, are taken as `fit` takes them, and
+    what they leave open is chosen as `fit` would on a device with this memory.
 
     Args:
         config: configuration of a fit.
@@ -64,21 +65,23 @@ def memory(
     if name_or_path is not None:
         run.model.name_or_path = name_or_path
     is_cuda = is_on_cuda(run.trainer.accelerator, device_memory_gb)
-    settings = settings_from_config(
-        run,
-        shape=shape,
-        prompt_tokens=prompt_tokens,
-        num_devices=devices or num_devices_of(run.trainer, is_cuda),
-        sharding=sharding,
-        is_cuda=is_cuda,
-    )
-    estimate = estimate_memory(settings)
-    num_sharing = 1 if is_cuda else settings.num_devices
+    num_devices = devices or num_devices_of(run.trainer, is_cuda)
     if device_memory_gb is not None:
         limit = int(device_memory_gb * 1e9)
     else:
         has_gpu = is_cuda and torch.cuda.is_available()
-        limit = device_limit(torch.device("cuda" if has_gpu else "cpu"), num_sharing)
+        device = torch.device("cuda" if has_gpu else "cpu")
+        limit = device_limit(device, 1 if is_cuda else num_devices)
+    settings = settings_from_config(
+        run,
+        shape=shape,
+        prompt_tokens=prompt_tokens,
+        num_devices=num_devices,
+        sharding=sharding,
+        is_cuda=is_cuda,
+        limit=limit,
+    )
+    estimate = estimate_memory(settings)
     critics = critic_estimates(settings)
     console = Console(highlight=False)
     console.print(memory_table(estimate))

@@ -20,10 +20,12 @@ def memory_table(estimate: MemoryEstimate) -> Table:
     """
     unit, size = ("GB", 1e9) if estimate.peak >= 1e9 else ("MB", 1e6)
     settings = estimate.settings
+    recomputed = ", activations recomputed" if settings.model.activation_checkpointing else ""
     table = Table(
         title=f"memory of one device in {unit} ({settings.microbatch_rows} rows of "
-        f"{settings.prompt_tokens} + {settings.completion_tokens} tokens a micro-batch, "
-        f"{settings.rows_decoded} rows decoded at a time, {settings.num_devices} device(s))"
+        f"{settings.prompt_tokens} + {settings.completion_tokens} tokens a micro-batch of at most "
+        f"{settings.microbatch_tokens}{recomputed}, {settings.rows_decoded} rows decoded at a "
+        f"time, {settings.num_devices} device(s))"
     )
     table.add_column("part")
     for phase in PHASES:

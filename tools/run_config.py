@@ -18,7 +18,9 @@ from lightning_grpo.adapters import Lora
 from lightning_grpo.cli import GRPOCLI, RunParser, resolve_config_names
 from lightning_grpo.critic import CriticSettings
 from lightning_grpo.data import PromptDataModule
+from lightning_grpo.memory.device import planned
 from lightning_grpo.memory.estimate import MemorySettings, Sharding
+from lightning_grpo.memory.fit import choose
 from lightning_grpo.memory.model import ModelSpec, config_as_json, read_config, spec_from_config
 from lightning_grpo.module import GRPOModule
 from lightning_grpo.optimization import adamw
@@ -113,6 +115,7 @@ def settings_from_config(
     num_devices: int,
     sharding: Sharding | None,
     is_cuda: bool,
+    limit: int,
 ) -> MemorySettings:
     """What decides the memory of a run, from its configuration.
 
@@ -123,6 +126,7 @@ def settings_from_config(
         num_devices: data-parallel ranks.
         sharding: how they share the model; from the strategy when None.
         is_cuda: whether they are GPUs.
+        limit: bytes of one, from which is chosen what the configuration leaves open.
 
     Returns:
         The settings.
@@ -139,22 +143,23 @@ def settings_from_config(
         dtype="bfloat16" if is_half else model.dtype,
         is_converted=is_half,
         lora=lora_of(model.lora),
-        activation_checkpointing=model.activation_checkpointing,
         attn_implementation=model.attn_implementation,
         dropout=model.dropout,
         critic=critic,
         critic_config_json=critic_config,
     )
     bonus = [_init_args(model.get(name)).get("entropy_coef") for name in ("algorithm", "ppo")]
-    return MemorySettings(
+    settings = MemorySettings(
         model=spec,
         prompt_tokens=prompt_tokens or run.data.max_prompt_tokens or _assumed_prompt(run, spec),
         completion_tokens=rollout.max_completion_tokens,
         prompts=max(run.data.prompts_per_iteration // num_devices, 1),
         group_size=rollout.group_size,
+        val_prompts=run.data.val_prompts_per_batch if run.data.val_data else 0,
+        num_val_samples=rollout.num_val_samples,
         num_minibatches=run.replay.num_minibatches,
+        engine=rollout.engine,
         max_rows=rollout.max_rows,
-        microbatch_tokens=model.microbatch_tokens,
         is_packed=model.packing == "auto",
         temperature=rollout.temperature,
         has_entropy_bonus=any(bonus),
@@ -165,6 +170,13 @@ def settings_from_config(
         sharding=sharding or _sharding(run.trainer.strategy, num_devices),
         num_devices=num_devices,
         is_cuda=is_cuda,
+    )
+    tokens, recomputes = model.microbatch_tokens, model.activation_checkpointing
+    return choose(
+        settings,
+        planned(limit, is_cuda=is_cuda),
+        microbatch_tokens=None if tokens == "auto" else tokens,
+        is_checkpointing=None if recomputes == "auto" else recomputes,
     )
 
 

@@ -32,6 +32,7 @@ def build_engine(
     eos_token_ids: Sequence[int],
     *,
     max_rows: int = 0,
+    first_decoder: str | None = None,
 ) -> Engine:
     """Make the engine of that name.
 
@@ -43,6 +44,7 @@ def build_engine(
         tokenizer: for stop strings.
         eos_token_ids: ids that end a completion.
         max_rows: rows decoded at a time; 0 decodes all at once.
+        first_decoder: of the native engine, see there.
 
     Returns:
         The engine.
@@ -51,7 +53,9 @@ def build_engine(
         ValueError: there is no engine of that name.
     """
     if name == "native":
-        return NativeEngine(policy, tokenizer, eos_token_ids, max_rows=max_rows)
+        return NativeEngine(
+            policy, tokenizer, eos_token_ids, max_rows=max_rows, first_decoder=first_decoder
+        )
     if name == "transformers":
         return TransformersEngine(policy, tokenizer, eos_token_ids, max_rows=max_rows)
     raise ValueError(f"rollout.engine {name!r} is unknown: choose native or transformers")

@@ -14,9 +14,10 @@ from torch import Tensor
 from transformers import StopStringCriteria
 
 from lightning_grpo.generation.decoder import Decoder, RolloutCounts
-from lightning_grpo.generation.protocol import OnFinished, Sampling, SamplingKey
-from lightning_grpo.generation.sampling import keyed_uniforms, refuse_nonfinite, sample_tokens
+from lightning_grpo.generation.protocol import OnFinished, SamplingKey
+from lightning_grpo.generation.sampling import keyed_uniforms, refuse_nonfinite
 from lightning_grpo.generation.steps import LateReader
+from lightning_grpo.generation.token_sampler import NO_TOKEN, TokenSampler
 from lightning_grpo.types import Completions, PromptBatch
 
 # Finished rows are dropped when fewer than this share of the rows still run: to drop them copies
@@ -52,14 +53,14 @@ class DecodeLoop:
     Args:
         decoder: with nothing in it yet.
         prompts: N prompts.
-        sampling: temperature, truncation and limit.
+        sampler: draws for the N * G rows, and knows their limits.
         group_size: G.
         key: decides every draw.
         ending: what ends a completion.
         num_tokens: V, tokens that can be drawn.
         device: of the decoder.
         max_rows: rows that run at a time; 0 for all.
-        on_finished: told how many rows have ended.
+        on_finished: gets the rows that have ended.
         counts: added to.
     """
 
@@ -67,7 +68,7 @@ class DecodeLoop:
         self,
         decoder: Decoder,
         prompts: PromptBatch,
-        sampling: Sampling,
+        sampler: TokenSampler,
         group_size: int,
         *,
         key: SamplingKey,
@@ -79,7 +80,7 @@ class DecodeLoop:
         on_finished: OnFinished | None = None,
     ) -> None:
         self.decoder = decoder
-        self.sampling = sampling
+        self.sampler = sampler
         self.key = key
         self.ending = ending
         self.num_tokens = num_tokens
@@ -96,10 +97,12 @@ class DecodeLoop:
         self.is_prefilled: set[int] = set()
 
         self.steps = decoder.steps
-        num_kept, limit = self.steps.num_places(self.num_rows), sampling.max_completion_tokens
+        num_kept, limit = self.steps.num_places(self.num_rows), sampler.max_completion_tokens
         num_places = self.steps.num_places(self.max_rows)
         # What the step does depends on these too, and on nothing else but tensors.
-        self.steps.begin(repr((num_kept, num_places, num_tokens, sampling, ending.eos_token_ids)))
+        self.steps.begin(
+            repr((num_kept, num_places, num_tokens, sampler.kind, ending.eos_token_ids))
+        )
 
         def full(name: str, shape: tuple[int, ...], value: float, dtype: torch.dtype) -> Tensor:
             return self.steps.full(name, shape, value, dtype, device)
@@ -115,6 +118,11 @@ class DecodeLoop:
         self.truncated = full("truncated", shape[:1], False, torch.bool)
         self.is_eos = full("is_eos", (num_tokens,), False, torch.bool)
         self.is_eos[[i for i in ending.eos_token_ids if i < num_tokens]] = True
+        sampler.move(self.steps.held)
+        self.own: dict[str, Tensor] = {}  # what rows do not share, (num_kept + 1,) each
+        for name, values in sampler.own.items():
+            self.own[name] = full(f"own.{name}", shape[:1], 1, values.dtype)
+            self.own[name][: self.num_rows] = values
         if self.num_rows:
             group_ids = torch.tensor(prompts.group_ids, device=device)
             self.uniforms[: self.num_rows, :limit] = keyed_uniforms(
@@ -123,6 +131,8 @@ class DecodeLoop:
                 torch.arange(self.num_rows, device=device).unsqueeze(1) % group_size,
                 torch.arange(limit, device=device),
             )
+        self.is_reported = torch.zeros(self.num_rows, dtype=torch.bool, device=device)
+        self.num_reported = 0
 
         # Of the row in each place of the decoder: its number, tokens drawn, and the last of them.
         self.rows = full("rows", (num_places,), num_kept, torch.int64)
@@ -131,7 +141,8 @@ class DecodeLoop:
         self.is_running = full("is_running", (num_places,), False, torch.bool)
         stops = ending.stop_strings
         width = stops.maximum_token_len if stops is not None else 0
-        self.recent = full("recent", (num_places, width), 0, torch.int64)
+        # The last tokens of each.
+        self.recent = full("recent", (num_places, max(width, sampler.num_recent)), 0, torch.int64)
 
         self.num_started = 0
         self.num_draws = 0  # tokens drawn of the row that started first
@@ -159,9 +170,11 @@ class DecodeLoop:
                 self._draw(logits, num_running, num_running + len(logits))
                 num_running = len(self.running)
             if not self.running:
+                # The last answer may have come too late to say that all have ended.
+                self._report_finished()
                 return self._completions()
             self.num_draws += 1
-            is_at_limit = self.num_draws - self.sampling.max_completion_tokens in self.started_at
+            is_at_limit = self.num_draws - self.sampler.max_completion_tokens in self.started_at
             if not is_at_limit and self.num_draws - checked_at < check_every:
                 continue
             checked_at = self.num_draws
@@ -171,8 +184,8 @@ class DecodeLoop:
                 continue
             self.counts.num_reads += 1
             num_running = number
-            if self.on_finished is not None:
-                self.on_finished(self.num_started - num_running, self.num_rows)
+            if self.num_started - num_running > self.num_reported:
+                self._report_finished()
 
     def _step(self, num_rows: int) -> None:
         """Run and draw one more token in the first places, those without a row included."""
@@ -181,23 +194,44 @@ class DecodeLoop:
     def _draw(self, logits: Tensor, start: int, end: int) -> None:
         """Draw the next token of the rows in some places, and note which of them end."""
         rows, drawn = self.rows[start:end], self.drawn[start:end]
+        recent, is_running = self.recent[start:end], self.is_running[start:end]
+        own = {name: values[rows] for name, values in self.own.items()}
         limit = self.ids.shape[1] - 1
         column = drawn.clamp(max=limit)
-        tokens, logprobs = sample_tokens(logits, self.sampling, self.uniforms[rows, column])
+        tokens, logprobs = self.sampler.draw(
+            logits, self.uniforms[rows, column], drawn=drawn, recent=recent, own=own
+        )
         self.ids[rows, column] = tokens
         self.logprobs[rows, column] = logprobs
         self.tokens[start:end] = tokens
         drawn += 1
         ended = self.is_eos[tokens]
-        if self.ending.stop_strings is not None:
-            recent = self.recent[start:end]
+        if recent.shape[1]:
             recent[:] = torch.cat([recent[:, 1:], tokens.unsqueeze(1)], dim=1)
-            ended = ended | self.ending.stop_strings(recent, None)
-        is_running = self.is_running[start:end]
-        stops = is_running & (ended | (drawn >= limit))
+        if self.ending.stop_strings is not None:
+            is_stop = self.ending.stop_strings(recent, None)
+            ended = ended | (is_stop & self.sampler.may_stop(drawn, own))
+        is_at_limit = drawn >= own.get("max_completion_tokens", limit)
+        stops = is_running & (ended | is_at_limit)
         self.lengths[rows] = torch.where(stops, drawn, self.lengths[rows])
         self.truncated[rows] |= stops & ~ended
         is_running &= ~stops
+
+    def _report_finished(self) -> None:
+        """Hand out the rows that have ended since the last report."""
+        if self.on_finished is None:
+            return
+        has_ended = self.lengths[: self.num_rows] > 0
+        rows = (has_ended & ~self.is_reported).nonzero().flatten()
+        if not len(rows):
+            return
+        self.is_reported[rows] = True
+        self.num_reported += len(rows)
+        lengths = self.lengths[rows].tolist()
+        token_lists = self.ids[rows, : max(lengths)].tolist()
+        self.on_finished(
+            rows.tolist(), [ids[:n] for ids, n in zip(token_lists, lengths, strict=True)]
+        )
 
     def _drop_finished(self, most: int) -> None:
         """Leave the rows in the decoder that still run, of which there are `most` at most."""
@@ -236,8 +270,7 @@ class DecodeLoop:
         self.rows[places] = torch.tensor(added, dtype=torch.int64, device=self.device)
         self.drawn[places] = 0
         self.is_running[places] = True
-        # An id past the vocabulary is part of no stop string.
-        self.recent[places] = torch.iinfo(torch.int64).max
+        self.recent[places] = NO_TOKEN
         return logits
 
     def _prefill(self, numbers: list[int]) -> None:

@@ -45,7 +45,8 @@ class FusedDecoder:
         self.lengths = lengths
         self.cos, self.sin = rope_tables(model, lengths.prompt + lengths.completion)
 
-        self.prompts: list[int] = []  # the number of each prompt held
+        # The number of each prompt held, and its tokens: the device is not asked for them.
+        self.prompts: dict[int, int] = {}
         self.prompt_lengths = torch.zeros(0, dtype=torch.int64, device=self.device)
         # Explicit: the default may be that of a half precision run.
         self.prompt_logits = torch.zeros(
@@ -66,9 +67,10 @@ class FusedDecoder:
             self.prompt_kv[index] = _join_columns(self.prompt_kv[index], added)
 
         logits = self.model.run_prompts(prompts, self.cos, self.sin, keep)
-        lengths = torch.tensor([len(prompt) for prompt in prompts], device=self.device)
-        self.prompts += numbers
-        self.prompt_lengths = torch.cat([self.prompt_lengths, lengths])
+        lengths = [len(prompt) for prompt in prompts]
+        self.prompts.update(zip(numbers, lengths, strict=True))
+        added = torch.tensor(lengths, device=self.device)
+        self.prompt_lengths = torch.cat([self.prompt_lengths, added])
         self.prompt_logits = torch.cat([self.prompt_logits, logits])
 
     def start(self, numbers: Sequence[int]) -> Tensor:
@@ -139,10 +141,10 @@ class FusedDecoder:
             return
         indices = [i for i, number in enumerate(self.prompts) if number in numbers]
         kept = torch.tensor(indices, dtype=torch.int64, device=self.device)
-        self.prompts = [self.prompts[index] for index in indices]
+        self.prompts = {k: length for k, length in self.prompts.items() if k in numbers}
         self.prompt_lengths = self.prompt_lengths[kept]
         self.prompt_logits = self.prompt_logits[kept]
-        width = int(self.prompt_lengths.max()) if indices else 0
+        width = max(self.prompts.values(), default=0)
         self.prompt_kv = [kv[..., :width, :].index_select(2, kept) for kv in self.prompt_kv]
 
     def _arrange(self, bias: Tensor | None) -> None:
@@ -156,7 +158,7 @@ class FusedDecoder:
         width = self.prompt_kv[0].shape[3]
         columns = torch.arange(width, device=self.device)
         is_padding = columns >= self.prompt_lengths.unsqueeze(1)
-        is_ragged = bool(is_padding.any())
+        is_ragged = any(length < width for length in self.prompts.values())
         hidden = torch.zeros(is_padding.shape, dtype=torch.float32, device=self.device)
         hidden = hidden.masked_fill(is_padding, -torch.inf)
         self.prompt_bias = hidden[:, None] if is_ragged else None  # (prompts, 1, P)

@@ -66,7 +66,7 @@ class FusedModel:
     """
 
     def __init__(self, model: PreTrainedModel, num_tokens: int, held: HeldWeights) -> None:
-        _refuse_unsupported(model)
+        refuse_unsupported(model)
         body: Any = model.model
         config: Any = model.config
         self.model = model
@@ -77,7 +77,7 @@ class FusedModel:
         self.head_dim = body.layers[0].self_attn.head_dim
         self.embed: Apply = called_as_is([body.embed_tokens], held, "embed")
         self.layers = [
-            _fused_layer(layer, self.num_heads, self.num_kv_heads, held, f"layer{index}")
+            fused_layer(layer, self.num_heads, self.num_kv_heads, held, f"layer{index}")
             for index, layer in enumerate(body.layers)
         ]
         self.final_norm = fused_norm(body.norm, held, "final_norm")
@@ -136,7 +136,12 @@ class FusedModel:
         return self.head(self.final_norm(x[rows, last])).float()
 
 
-def _refuse_unsupported(model: PreTrainedModel) -> None:
+def refuse_unsupported(model: PreTrainedModel) -> None:
+    """Refuse a model that `FusedModel` does not cover.
+
+    Raises:
+        NotImplementedError: another architecture, or an option of one that is not covered.
+    """
     if type(model) not in _ARCHITECTURES:
         raise NotImplementedError(f"{type(model).__name__} has no fused decoder")
     config: Any = model.config
@@ -150,9 +155,18 @@ def _refuse_unsupported(model: PreTrainedModel) -> None:
         raise NotImplementedError(f"rope {body.rotary_emb.rope_type} has no fused decoder")
 
 
-def _fused_layer(
+def fused_layer(
     layer: Any, num_heads: int, num_kv_heads: int, held: HeldWeights, name: str
 ) -> FusedLayer:
+    """One decoder layer of transformers, its weights as they are now.
+
+    Args:
+        layer: of one of the architectures.
+        num_heads: of the queries.
+        num_kv_heads: of the keys and values.
+        held: takes the weights.
+        name: of the weights.
+    """
     attention, mlp = layer.self_attn, layer.mlp
     projections = [attention.q_proj, attention.k_proj, attention.v_proj]
     return FusedLayer(

@@ -19,10 +19,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lightning_grpo.generation.cached_decoder import CachedDecoder
 from lightning_grpo.generation.decode_loop import DecodeLoop, Ending
-from lightning_grpo.generation.decoder import Lengths, MakeDecoder, RolloutCounts
+from lightning_grpo.generation.decoder import Decoder, Lengths, MakeDecoder, RolloutCounts
 from lightning_grpo.generation.fused_decoder import FusedDecoder
 from lightning_grpo.generation.pooled_decoder import PooledDecoder
-from lightning_grpo.generation.protocol import OnFinished, Sampling, SamplingKey
+from lightning_grpo.generation.protocol import OnFinished, Sampling, SamplingKey, per_prompt
 from lightning_grpo.generation.steps import CudaCapture
 from lightning_grpo.generation.transformers_engine import TransformersEngine, left_pad
 from lightning_grpo.kernels import has_triton
@@ -70,6 +70,8 @@ class NativeEngine:
         eos_token_ids: every id that ends a completion.
         max_rows: rows decoded at a time; 0 decodes all at once.
         decoders: by name, in the order in which they are tried; None for those of the device.
+        first_decoder: the one that is tried before these, since a run began with it; transformers
+            tries none.
     """
 
     def __init__(
@@ -80,42 +82,50 @@ class NativeEngine:
         *,
         max_rows: int = 0,
         decoders: dict[str, MakeDecoder] | None = None,
+        first_decoder: str | None = None,
     ) -> None:
         self.policy = policy
         self.eos_token_ids = list(eos_token_ids)
         self.max_rows = max_rows
         self.fallback = TransformersEngine(policy, tokenizer, eos_token_ids, max_rows=max_rows)
-        self.decoders = decoders
+        self.decoders = dict(decoders or decoders_for(policy.device))
+        self.first_decoder = first_decoder
         self.decoder_name: str | None = None
         """The decoder that passed the check, "transformers" when none did, None before it."""
         self.counts = RolloutCounts()
         """Of the last rollout; all zero when the transformers engine made it."""
 
+    @property
+    def decoder_names(self) -> list[str]:
+        """In the order in which they are tried, and "transformers" for none of them."""
+        return [*sorted(self.decoders, key=lambda name: name != self.first_decoder), "transformers"]
+
     @torch.no_grad()
     def generate(
         self,
         prompts: PromptBatch,
-        sampling: Sampling,
+        sampling: Sampling | Sequence[Sampling],
         group_size: int,
         *,
         key: SamplingKey,
         on_finished: OnFinished | None = None,
     ) -> Completions:
         """Draw `group_size` completions of each prompt; see `Engine.generate`."""
+        samplings = per_prompt(sampling, len(prompts))
 
         def run(model: PreTrainedModel) -> Completions:
             self.counts = RolloutCounts()
             if self.decoder_name is None and len(prompts):
-                self.decoder_name = self._choose(model, prompts, sampling)
-            if not self.decoders or self.decoder_name is None:
+                self.decoder_name = self._choose(model, prompts, samplings)
+            if not len(prompts) or self.decoder_name in (None, "transformers"):
                 return self.fallback.complete(
-                    model, prompts, sampling, group_size, key=key, on_finished=on_finished
+                    model, prompts, samplings, group_size, key=key, on_finished=on_finished
                 )
             return self._complete(
-                self.decoders[self.decoder_name],
+                self.decoders[str(self.decoder_name)],
                 model,
                 prompts,
-                sampling,
+                samplings,
                 group_size,
                 key=key,
                 on_finished=on_finished,
@@ -129,7 +139,7 @@ class NativeEngine:
         make_decoder: MakeDecoder,
         model: PreTrainedModel,
         prompts: PromptBatch,
-        sampling: Sampling,
+        samplings: Sequence[Sampling],
         group_size: int,
         *,
         key: SamplingKey,
@@ -137,11 +147,14 @@ class NativeEngine:
         counts: RolloutCounts,
     ) -> Completions:
         num_tokens = self.policy.num_tokens
+        sampler = self.fallback.token_sampler([s for s in samplings for _ in range(group_size)])
         lengths = Lengths(
-            max(len(ids) for ids in prompts.prompt_ids), sampling.max_completion_tokens, num_tokens
+            max(len(ids) for ids in prompts.prompt_ids), sampler.max_completion_tokens, num_tokens
         )
         ending = Ending(
-            self.eos_token_ids, self.fallback.stop_criteria(sampling), self.fallback.pad_token_id
+            self.eos_token_ids,
+            self.fallback.stop_criteria(sampler.common),
+            self.fallback.pad_token_id,
         )
         decoder = make_decoder(model, lengths)
         num_captures = decoder.steps.num_captures
@@ -149,7 +162,7 @@ class NativeEngine:
             return DecodeLoop(
                 decoder,
                 prompts,
-                sampling,
+                sampler,
                 group_size,
                 key=key,
                 ending=ending,
@@ -163,31 +176,30 @@ class NativeEngine:
             counts.num_captures = decoder.steps.num_captures - num_captures
             decoder.close()
 
-    def _choose(self, model: PreTrainedModel, prompts: PromptBatch, sampling: Sampling) -> str:
-        """The first decoder whose log-probs are those of the model; the others are dropped."""
-        reasons = []
-        failures = []
-        decoders = self.decoders or decoders_for(self.policy.device)
-        self.decoders = {}
-        for name, make_decoder in decoders.items():
+    def _choose(
+        self, model: PreTrainedModel, prompts: PromptBatch, samplings: Sequence[Sampling]
+    ) -> str:
+        """The first decoder whose log-probs are those of the model; those that fail are dropped."""
+        reasons: list[str] = []
+        failures: list[str] = []
+        first = self.first_decoder
+        if first == "transformers":
+            return first
+        if first is not None and first not in self.decoders:
+            reasons.append(f"{first}: there is no such decoder here")
+        for name in self.decoder_names[:-1]:
             try:
-                difference = self._difference(make_decoder, model, prompts, sampling)
+                difference = self._difference(self.decoders[name], model, prompts, samplings)
             except NotImplementedError as error:
                 reasons.append(f"{name}: {error}")
-                continue
             except Exception as error:  # how a model's own code fails is up to that code
                 failures.append(f"{name}: {type(error).__name__}: {error}")
-                continue
-            if difference <= self._tolerance():
-                self.decoders = {name: make_decoder}
-                if failures:
-                    warnings.warn(
-                        f"rollout.engine native decodes {name}, which may be slower "
-                        f"({'; '.join(failures)})",
-                        stacklevel=2,
-                    )
-                return name
-            failures.append(f"{name}: its log-probs are off by {difference:.2g}")
+            else:
+                if difference <= self._tolerance():
+                    self._say_what_failed(name, reasons, failures)
+                    return name
+                failures.append(f"{name}: its log-probs are off by {difference:.2g}")
+            self.decoders[name] = _no_decoder  # lets go of what the other holds
         reasons += failures
         warnings.warn(
             f"rollout.engine native does not cover {type(model).__name__}, the transformers "
@@ -196,12 +208,27 @@ class NativeEngine:
         )
         return "transformers"
 
+    def _say_what_failed(self, name: str, reasons: list[str], failures: list[str]) -> None:
+        """Warn that another decoder would have been better, if so."""
+        if self.first_decoder not in (None, name):
+            warnings.warn(
+                f"the decoder of the run that is resumed does not work here, {name} takes "
+                f"its place, and not to the same bits ({'; '.join(reasons + failures)})",
+                stacklevel=2,
+            )
+        elif failures:
+            warnings.warn(
+                f"rollout.engine native decodes {name}, which may be slower "
+                f"({'; '.join(failures)})",
+                stacklevel=2,
+            )
+
     def _difference(
         self,
         make_decoder: MakeDecoder,
         model: PreTrainedModel,
         prompts: PromptBatch,
-        sampling: Sampling,
+        samplings: Sequence[Sampling],
     ) -> float:
         """Largest difference between a decoder's log-probs and those of a plain forward.
 
@@ -209,7 +236,7 @@ class NativeEngine:
             make_decoder: what to check.
             model: the policy's.
             prompts: from which the shortest, the longest and one more are taken.
-            sampling: for its limit and stop strings.
+            samplings: of the prompts, for their limits and stop strings.
 
         Returns:
             In nats, over a few short completions; infinite when one is not finite.
@@ -222,13 +249,13 @@ class NativeEngine:
             {},
             [prompts.group_ids[i] for i in chosen],
         )
-        limit = min(sampling.max_completion_tokens, _CHECKED_TOKENS)
-        plain = Sampling(max_completion_tokens=limit, stop_strings=sampling.stop_strings)
+        limit = min(max(s.max_completion_tokens for s in samplings), _CHECKED_TOKENS)
+        plain = Sampling(max_completion_tokens=limit, stop_strings=samplings[0].stop_strings)
         drawn = self._complete(
             make_decoder,
             model,
             few,
-            plain,
+            [plain] * len(few),
             2,
             key=SamplingKey(0, 0),
             on_finished=None,
@@ -267,3 +294,7 @@ class NativeEngine:
         # On a GPU this setting allows matrix products with fewer bits.
         is_short |= device.type != "cpu" and torch.get_float32_matmul_precision() != "highest"
         return _TOLERANCE_SHORT if is_short else _TOLERANCE
+
+
+def _no_decoder(model: PreTrainedModel, lengths: Lengths) -> Decoder:
+    raise NotImplementedError("it has failed its check")

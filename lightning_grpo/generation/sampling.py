@@ -5,6 +5,8 @@ Nothing here asks the device for a value, so that a GPU can capture it.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 from transformers import TopKLogitsWarper, TopPLogitsWarper
@@ -86,6 +88,56 @@ def sample_tokens(logits: Tensor, sampling: Sampling, uniforms: Tensor) -> tuple
     if sampling.top_p < 1:
         scores = TopPLogitsWarper(sampling.top_p)(None, scores)
     return _inverse_cdf(scores, uniforms)
+
+
+class OwnSettings(NamedTuple):
+    """The settings of (R,) rows, each its own."""
+
+    temperature: Tensor
+    """(R,) float32, >= 0."""
+    top_k: Tensor
+    """(R,) int64; 0 keeps all."""
+    top_p: Tensor
+    """(R,) float32, (0, 1]."""
+
+
+def sample_own_tokens(
+    logits: Tensor, own: OwnSettings, uniforms: Tensor, *, truncates: bool
+) -> tuple[Tensor, Tensor]:
+    """Draw one token per row at the settings of the row.
+
+    A row gets what `sample_tokens` gives it at these settings; on a CPU to the bit.
+
+    Args:
+        logits: (R, V) float32.
+        own: the settings.
+        uniforms: (R,) float64 in [0, 1).
+        truncates: whether any row has a top_k or top_p, which costs two sorts.
+
+    Returns:
+        As `sample_tokens`.
+    """
+    is_greedy = own.temperature == 0
+    scores = logits / own.temperature.masked_fill(is_greedy, 1.0).unsqueeze(1)
+    if truncates:
+        scores = _truncated(scores, own)
+    tokens, logprobs = _inverse_cdf(scores, uniforms)
+    tokens = torch.where(is_greedy, logits.argmax(dim=-1), tokens)
+    return tokens, logprobs.masked_fill(is_greedy, 0.0)
+
+
+def _truncated(scores: Tensor, own: OwnSettings) -> Tensor:
+    """Scores (R, V) with -inf for what top_k and top_p of the row leave out."""
+    num_tokens = scores.shape[1]
+    kept = own.top_k.masked_fill(own.top_k == 0, num_tokens).clamp(max=num_tokens).unsqueeze(1)
+    least = scores.sort(dim=-1, descending=True).values.gather(1, kept - 1)
+    scores = scores.masked_fill(scores < least, -torch.inf)
+    ascending, indices = scores.sort(dim=-1)
+    # Without a top_p not even tokens whose probability rounds to 0 are left out.
+    most = (1 - own.top_p).masked_fill(own.top_p == 1, -1.0).unsqueeze(1)
+    is_left_out = ascending.softmax(dim=-1).cumsum(dim=-1) <= most
+    is_left_out[:, -1] = False
+    return scores.masked_fill(is_left_out.scatter(1, indices, is_left_out), -torch.inf)
 
 
 def _inverse_cdf(scores: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:

@@ -2,7 +2,7 @@
 
 A captured step is a list of operations on fixed places in memory. It can be replayed for one
 rollout after another as long as everything that differs between them lies in those places: the
-tensors that `Steps.full` gives, the weights, and the keys and values.
+tensors that `Steps` gives, the weights, and the keys and values.
 """
 
 from __future__ import annotations
@@ -88,6 +88,16 @@ class Steps:
             self._kept.tensors[name] = held
             return held
         return held.fill_(value)
+
+    def held(self, name: str, values: Tensor) -> Tensor:
+        """Values in the place that those of this name had in the last rollout of this kind.
+
+        Args:
+            name: of the tensor.
+            values: of the same shape in every rollout of the kind.
+        """
+        shape = tuple(values.shape)
+        return self.full(name, shape, 0, values.dtype, values.device).copy_(values)
 
     def num_places(self, num_rows: int) -> int:
         """Rows that a step of so many is run with.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -19,12 +19,9 @@ from transformers import (
     StopStringCriteria,
 )
 
-from lightning_grpo.generation.protocol import OnFinished, Sampling, SamplingKey
-from lightning_grpo.generation.sampling import (
-    keyed_uniforms,
-    refuse_nonfinite,
-    sample_tokens,
-)
+from lightning_grpo.generation.protocol import OnFinished, Sampling, SamplingKey, per_prompt
+from lightning_grpo.generation.sampling import keyed_uniforms, refuse_nonfinite
+from lightning_grpo.generation.token_sampler import NO_TOKEN, TokenSampler, bad_sequences
 from lightning_grpo.policy import Policy
 from lightning_grpo.types import Completions, PromptBatch
 
@@ -37,7 +34,7 @@ class TransformersEngine:
 
     Args:
         policy: the policy whose weights generate; its training mode is left to the caller.
-        tokenizer: for stop strings and the padding id.
+        tokenizer: for stop strings, bad words and the padding id.
         eos_token_ids: every id that ends a completion.
         max_rows: rows decoded at a time; 0 decodes all at once.
     """
@@ -59,7 +56,7 @@ class TransformersEngine:
     def generate(
         self,
         prompts: PromptBatch,
-        sampling: Sampling,
+        sampling: Sampling | Sequence[Sampling],
         group_size: int,
         *,
         key: SamplingKey,
@@ -77,7 +74,7 @@ class TransformersEngine:
         self,
         model: PreTrainedModel,
         prompts: PromptBatch,
-        sampling: Sampling,
+        sampling: Sampling | Sequence[Sampling],
         group_size: int,
         *,
         key: SamplingKey,
@@ -99,6 +96,7 @@ class TransformersEngine:
         num_rows = len(prompts) * group_size
         chunk_size = self.max_rows or max(num_rows, 1)
         rows = list(range(num_rows))
+        samplings = per_prompt(sampling, len(prompts))
         parts = []
         for start in range(0, num_rows, chunk_size):
             chunk = rows[start : start + chunk_size]
@@ -106,13 +104,13 @@ class TransformersEngine:
                 key,
                 group_ids=[prompts.group_ids[row // group_size] for row in chunk],
                 rows=[row % group_size for row in chunk],
-                sampling=sampling,
+                sampler=self.token_sampler([samplings[row // group_size] for row in chunk]),
                 num_tokens=self.policy.num_tokens,
                 device=self.policy.device,
             )
-            ends = _Ends(self.eos_token_ids, self.stop_criteria(sampling), draws)
+            ends = _Ends(self.eos_token_ids, self.stop_criteria(samplings[0]), draws)
             if on_finished is not None:
-                ends.report = partial(_add_finished, on_finished, start, num_rows)
+                ends.report = partial(_report, on_finished, start)
             prompt_ids = [prompts.prompt_ids[row // group_size] for row in chunk]
             self._decode(model, prompt_ids, draws, ends)
             parts.append(ends.completions())
@@ -131,6 +129,17 @@ class TransformersEngine:
             return None
         return StopStringCriteria(tokenizer=self.tokenizer, stop_strings=sampling.stop_strings)
 
+    def token_sampler(self, samplings: Sequence[Sampling]) -> TokenSampler:
+        """What draws the tokens of rows with these samplings, one for each row."""
+        words = samplings[0].bad_words if samplings else []
+        return TokenSampler(
+            samplings,
+            bad_sequences=bad_sequences(words, self.tokenizer),
+            eos_token_ids=self.eos_token_ids,
+            num_tokens=self.policy.num_tokens,
+            device=self.policy.device,
+        )
+
     def _decode(
         self, model: PreTrainedModel, prompt_ids: list[list[int]], draws: _Draws, ends: _Ends
     ) -> None:
@@ -146,7 +155,7 @@ class TransformersEngine:
                 input_ids=ids,
                 attention_mask=mask.long(),
                 generation_config=GenerationConfig(
-                    max_new_tokens=draws.sampling.max_completion_tokens,
+                    max_new_tokens=draws.sampler.max_completion_tokens,
                     do_sample=False,
                     pad_token_id=self.pad_token_id,
                     use_cache=True,
@@ -168,21 +177,31 @@ class _Draws(LogitsProcessor):
         *,
         group_ids: list[int],
         rows: list[int],
-        sampling: Sampling,
+        sampler: TokenSampler,
         num_tokens: int,
         device: torch.device,
     ) -> None:
         self.key = key
         self.group_ids = torch.tensor(group_ids, dtype=torch.int64, device=device)
         self.rows = torch.tensor(rows, dtype=torch.int64, device=device)
-        self.sampling = sampling
+        self.sampler = sampler
         self.num_tokens = num_tokens
+        shape = (len(rows), sampler.num_recent)
+        self.recent = torch.full(shape, NO_TOKEN, device=device)
         self.tokens: list[Tensor] = []
         self.logprobs: list[Tensor] = []
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         uniforms = keyed_uniforms(self.key, self.group_ids, self.rows, len(self.tokens))
-        tokens, logprobs = sample_tokens(scores[:, : self.num_tokens], self.sampling, uniforms)
+        tokens, logprobs = self.sampler.draw(
+            scores[:, : self.num_tokens],
+            uniforms,
+            drawn=len(self.tokens),
+            recent=self.recent,
+            own=self.sampler.own,
+        )
+        if self.recent.shape[1]:
+            self.recent = torch.cat([self.recent[:, 1:], tokens.unsqueeze(1)], dim=1)
         self.tokens.append(tokens)
         self.logprobs.append(logprobs)
         return torch.full_like(scores, -torch.inf).scatter(1, tokens.unsqueeze(1), 0.0)
@@ -199,35 +218,54 @@ class _Ends(StoppingCriteria):
         self.stop_strings = stop_strings
         self.draws = draws
         self.lengths = torch.zeros(len(draws.rows), dtype=torch.int64, device=device)
-        self.report: Callable[[int], None] | None = None
+        self.truncated = torch.zeros_like(self.lengths, dtype=torch.bool)
+        self.report: OnFinished | None = None
+        self.is_reported = torch.zeros_like(self.lengths, dtype=torch.bool)
         self.num_prompt_tokens = 0
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: object) -> Tensor:
         ended = torch.isin(self.draws.tokens[-1], self.eos)
+        sampler = self.draws.sampler
+        drawn = torch.full_like(self.lengths, len(self.draws.tokens))
+        # Only what was generated: a stop string in the prompt ends nothing.
+        generated = input_ids[:, self.num_prompt_tokens :]
         if self.stop_strings is not None:
-            # Only what was generated: a stop string in the prompt ends nothing.
-            ended = ended | self.stop_strings(input_ids[:, self.num_prompt_tokens :], scores)
-        running = self.lengths == 0
-        self.lengths = torch.where(running & ended, len(self.draws.tokens), self.lengths)
-        if self.report is not None:
-            self.report(int((self.lengths > 0).sum()))
+            is_stop = self.stop_strings(generated, scores)
+            ended = ended | (is_stop & sampler.may_stop(drawn, sampler.own))
+        is_at_limit = drawn >= sampler.own.get(
+            "max_completion_tokens", sampler.max_completion_tokens
+        )
+        stops = (self.lengths == 0) & (ended | is_at_limit)
+        self.lengths = torch.where(stops, drawn, self.lengths)
+        self.truncated |= stops & ~ended
+        self._report_finished(generated)
         return self.lengths > 0
+
+    def _report_finished(self, ids: Tensor) -> None:
+        """Hand out the rows that have ended and have not been handed out yet."""
+        if self.report is None:
+            return
+        rows = ((self.lengths > 0) & ~self.is_reported).nonzero().flatten()
+        if not len(rows):
+            return
+        self.is_reported[rows] = True
+        pairs = zip(ids[rows].tolist(), self.lengths[rows].tolist(), strict=True)
+        self.report(rows.tolist(), [row[:length] for row, length in pairs])
 
     def completions(self) -> Completions:
         """The rows of this chunk, as long as its longest."""
         ids = torch.stack(self.draws.tokens, dim=1)
-        truncated = self.lengths == 0
-        lengths = torch.where(truncated, ids.shape[1], self.lengths)
-        mask = torch.arange(ids.shape[1], device=ids.device) < lengths.unsqueeze(1)
+        mask = torch.arange(ids.shape[1], device=ids.device) < self.lengths.unsqueeze(1)
         logprobs = torch.stack(self.draws.logprobs, dim=1)
         refuse_nonfinite(logprobs, mask)
-        return Completions(ids, mask, torch.where(mask, logprobs, 0.0), truncated)
+        return Completions(ids, mask, torch.where(mask, logprobs, 0.0), self.truncated)
 
 
-def _add_finished(
-    on_finished: OnFinished, num_before: int, num_rows: int, num_finished: int
+def _report(
+    on_finished: OnFinished, start: int, rows: Sequence[int], token_lists: Sequence[list[int]]
 ) -> None:
-    on_finished(num_before + num_finished, num_rows)
+    """Report rows of a chunk that begins at row `start`."""
+    on_finished([start + row for row in rows], token_lists)
 
 
 def left_pad(

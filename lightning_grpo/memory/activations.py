@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
+from lightning_grpo import logprobs
 from lightning_grpo.generation.protocol import Sampling
 from lightning_grpo.generation.sampling import sample_tokens
 from lightning_grpo.logprobs import Entropy
@@ -32,7 +34,7 @@ from lightning_grpo.policy import Policy
 from lightning_grpo.trunk import takes_positions
 from lightning_grpo.types import Rollout
 
-PassKind = Literal["policy", "critic", "scoring", "rollout"]
+PassKind = Literal["policy", "critic", "scoring", "rollout", "decode"]
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,7 @@ class PassShape:
         temperature: other than 1 it costs a copy of the logits.
         is_autocast: whether it runs under bfloat16 autocast.
         entropy: what the update asks of the policy; with gradients it costs copies of the logits.
+        is_cuda: whether a GPU is to run it, which takes more logits at a time.
     """
 
     num_rows: int
@@ -54,6 +57,7 @@ class PassShape:
     temperature: float = 1.0
     is_autocast: bool = False
     entropy: Entropy = "detached"
+    is_cuda: bool = False
 
 
 class PassBytes(NamedTuple):
@@ -76,7 +80,8 @@ def measure_pass(spec: ModelSpec, shape: PassShape, kind: PassKind) -> PassBytes
         shape: rows and tokens.
         kind: policy, forward and backward of the log-probs, and of the values of a critic that is
             a head; critic, forward and backward of a critic with a forward of its own; scoring,
-            log-probs without gradients; rollout, prefill and the last decoding step.
+            log-probs without gradients; rollout, prefill and the last decoding step; decode, that
+            step alone.
 
     Returns:
         Bytes, in which gradients of parameters are not counted.
@@ -84,15 +89,38 @@ def measure_pass(spec: ModelSpec, shape: PassShape, kind: PassKind) -> PassBytes
     depth = spec.num_layers
     if kind == "critic" and spec.critic_config_json is not None:
         depth = int(config_from_json(spec.critic_config_json).num_hidden_layers)
-    if depth <= 2 or not count_parameters(spec).policy.has_equal_layers:
-        return run_pass(fake_models(spec), shape, kind)
-    one, two = (run_pass(fake_models(spec.with_layers(n)), shape, kind) for n in (1, 2))
+    with _few_chunks(shape.is_cuda):
+        if depth <= 2 or not count_parameters(spec).policy.has_equal_layers:
+            return run_pass(fake_models(spec), shape, kind)
+        one, two = (run_pass(fake_models(spec.with_layers(n)), shape, kind) for n in (1, 2))
     more = depth - 2
     return PassBytes(
         kept=two.kept + more * (two.kept - one.kept),
         weight_copies=two.weight_copies + more * (two.weight_copies - one.weight_copies),
         workspace=two.workspace,  # of one layer at a time
     )
+
+
+@contextlib.contextmanager
+def _few_chunks(is_cuda: bool) -> Iterator[None]:
+    """Let the output layer skip all chunks of tokens but three, which take as much as all do.
+
+    The numbers that the others would make are not there on fake tensors anyway.
+
+    Args:
+        is_cuda: whether the chunks are those of a GPU.
+    """
+    cut = logprobs._chunks
+
+    def few(hidden: Tensor, width: int, device: str | None = None) -> list[slice]:
+        slices = cut(hidden, width, "cuda" if is_cuda else "cpu")
+        return slices[:2] + slices[2:][-1:]
+
+    logprobs._chunks = few
+    try:
+        yield
+    finally:
+        logprobs._chunks = cut
 
 
 class RunnableModels(NamedTuple):
@@ -148,14 +176,14 @@ def run_pass(runnable: RunnableModels, shape: PassShape, kind: PassKind) -> Pass
     with runnable.mode:
         if kind == "scoring":
             return _run_scoring(runnable.models.policy, shape)
-        if kind == "rollout":
-            return _run_rollout(runnable.models.policy, shape)
+        if kind in ("rollout", "decode"):
+            return _run_rollout(runnable.models.policy, shape, with_prefill=kind == "rollout")
         return _run_update(runnable.models, shape, kind)
 
 
-def autocast(shape: PassShape) -> contextlib.AbstractContextManager[Any]:
+def autocast(is_on: bool) -> contextlib.AbstractContextManager[Any]:
     """The precision context of a pass."""
-    return torch.autocast("cpu", dtype=torch.bfloat16, enabled=shape.is_autocast)
+    return torch.autocast("cpu", dtype=torch.bfloat16, enabled=is_on)
 
 
 def _run_update(models: Models, shape: PassShape, kind: PassKind) -> PassBytes:
@@ -165,7 +193,7 @@ def _run_update(models: Models, shape: PassShape, kind: PassKind) -> PassBytes:
             parameter.register_post_accumulate_grad_hook(_drop_gradient)
     saved, live = SavedBytes(modules), LiveBytes(modules)
     # The backward of all micro-batches but the last runs inside the trainer's autocast.
-    with live, autocast(shape):
+    with live, autocast(shape.is_autocast):
         with saved.collecting():
             loss = critic_loss(models, shape) if kind == "critic" else policy_loss(models, shape)
         copies = live.copies_now
@@ -211,7 +239,7 @@ def critic_loss(models: Models, shape: PassShape) -> Tensor:
 def _run_scoring(policy: Policy, shape: PassShape) -> PassBytes:
     rows = rollout_of(shape)
     policy.eval()
-    with torch.no_grad(), LiveBytes(policy) as live, autocast(shape):
+    with torch.no_grad(), LiveBytes(policy) as live, autocast(shape.is_autocast):
         policy(
             rows.prompt_ids,
             rows.prompt_mask,
@@ -223,11 +251,13 @@ def _run_scoring(policy: Policy, shape: PassShape) -> PassBytes:
     return PassBytes(0, copies, live.peak - copies)
 
 
-def _run_rollout(policy: Policy, shape: PassShape) -> PassBytes:
+def _run_rollout(policy: Policy, shape: PassShape, *, with_prefill: bool) -> PassBytes:
     policy.eval()
-    with torch.no_grad(), LiveBytes(policy) as live, autocast(shape):
-        cache = fill_cache(policy, shape.num_rows, shape.num_prompt)
-        prefill = live.peak - live.now  # the cache of the prompts is a part of what is kept
+    prefill = 0
+    with torch.no_grad(), LiveBytes(policy) as live, autocast(shape.is_autocast):
+        if with_prefill:
+            cache = fill_cache(policy, shape.num_rows, shape.num_prompt)
+            prefill = live.peak - live.now  # the cache of the prompts is a part of what is kept
         # One token short of the end: the step to measure adds the last.
         cache = fill_cache(policy, shape.num_rows, shape.num_prompt + shape.num_completion - 1)
         live.peak = live.now

@@ -1,6 +1,6 @@
 """What a run takes in memory, part by part and phase by phase, before it takes any.
 
-    rollout    completions are generated; gradients do not exist
+    rollout    completions are generated, in training or validation; gradients do not exist
     scoring    log-probs of the reference and of the policy that acted, values of the critic
     update     forward and backward of micro-batches
     step       the optimizer moves the weights; activations do not exist
@@ -19,8 +19,10 @@ from typing import Any, Literal
 import torch
 from torch.optim import Optimizer
 
+from lightning_grpo.generation import EngineName
 from lightning_grpo.memory.activations import PassShape, measure_pass
 from lightning_grpo.memory.model import Counts, ModelSpec, count_parameters
+from lightning_grpo.memory.rollout import RolloutShape, decoder_of, measure_rollout
 from lightning_grpo.memory.state import moment_bytes
 from lightning_grpo.optimization import adamw
 
@@ -44,7 +46,10 @@ class MemorySettings:
         completion_tokens: C, the longest completion in tokens.
         prompts: prompts of an iteration on this device.
         group_size: G, completions per prompt.
+        val_prompts: prompts of a batch of validation on this device; 0 without validation.
+        num_val_samples: completions of each.
         num_minibatches: M, minibatches of a rollout.
+        engine: that makes the rollouts; native is taken to pass its check.
         max_rows: rows decoded at a time; 0 decodes all at once.
         microbatch_tokens: most tokens of one forward with gradients.
         is_packed: whether a forward takes each prompt once for its group, and no padding.
@@ -66,7 +71,10 @@ class MemorySettings:
     completion_tokens: int = 256
     prompts: int = 32
     group_size: int = 8
+    val_prompts: int = 0
+    num_val_samples: int = 1
     num_minibatches: int = 1
+    engine: EngineName = "native"
     max_rows: int = 0
     microbatch_tokens: int = 16384
     is_packed: bool = False
@@ -100,10 +108,26 @@ class MemorySettings:
         return self.packed_tokens(rows) / (rows * self.row_tokens)
 
     @property
+    def rollouts(self) -> list[RolloutShape]:
+        """That of training, and a batch of validation."""
+        sizes = [(self.prompts, self.group_size), (self.val_prompts, self.num_val_samples)]
+        return [
+            RolloutShape(
+                num_prompts,
+                group_size,
+                self.max_rows,
+                self.prompt_tokens,
+                self.completion_tokens,
+                self.temperature,
+                self.is_autocast,
+            )
+            for num_prompts, group_size in sizes
+        ]
+
+    @property
     def rows_decoded(self) -> int:
         """Rows decoded at a time."""
-        rows = max(self.prompts * self.group_size, 1)
-        return min(self.max_rows, rows) if self.max_rows else rows
+        return max(rollout.num_rows for rollout in self.rollouts)
 
     @property
     def microbatch_rows(self) -> int:
@@ -278,11 +302,13 @@ def _add_passes(estimate: MemoryEstimate) -> None:
         temperature=settings.temperature,
         is_autocast=settings.is_autocast,
         entropy="gradient" if settings.has_entropy_bonus else "detached",
+        is_cuda=settings.is_cuda,
     )
     form = settings.model.critic.form if settings.model.critic else None
     alone = replace(settings.model, critic=None, critic_config_json=None)
     shared = replace(settings.model, critic_config_json=None) if form == "head" else alone
-    rollout = measure_pass(alone, replace(shape, num_rows=settings.rows_decoded), "rollout")
+    decoder = decoder_of(alone) if settings.engine == "native" else "transformers"
+    rollout = max((measure_rollout(alone, r, decoder) for r in settings.rollouts), key=sum)
     scoring = measure_pass(alone, shape, "scoring")
     update = measure_pass(shared, shape, "policy")
     copies, kept, workspace = update.weight_copies, 0, update.workspace
@@ -295,7 +321,7 @@ def _add_passes(estimate: MemoryEstimate) -> None:
     estimate.add("policy activations", update=_packed(settings, update.kept))
     estimate.add("critic activations", update=_packed(settings, kept) if kept else 0)
     estimate.add(
-        "autocast copies of weights",
+        "copies of weights",
         rollout=rollout.weight_copies,
         scoring=scoring.weight_copies,
         update=copies,

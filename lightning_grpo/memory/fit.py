@@ -1,4 +1,4 @@
-"""Whether a run fits into its device, and the nearest change with which it would."""
+"""Which settings fit into a device: those that a run leaves open, and the nearest that would."""
 
 from __future__ import annotations
 
@@ -12,6 +12,11 @@ from lightning_grpo.memory.estimate import MemoryEstimate, MemorySettings, estim
 
 GB = 1e9
 _MOST_DEVICES = 64
+# Token budgets are looked for from the first down to the second. More fill no CPU and hardly a GPU;
+# with fewer a GPU idles by more than it costs to recompute activations.
+_MOST_TOKENS = {"cpu": 16384, "cuda": 65536}
+_FEWEST_TOKENS = 4096
+_FEWEST_TOKENS_AT_ALL = 1024
 
 
 class Change(NamedTuple):
@@ -19,6 +24,49 @@ class Change(NamedTuple):
 
     text: str
     settings: MemorySettings
+
+
+def choose(
+    settings: MemorySettings,
+    limit: int,
+    *,
+    microbatch_tokens: int | None,
+    is_checkpointing: bool | None,
+) -> MemorySettings:
+    """Settle a token budget and whether activations are recomputed, where that is open.
+
+    The largest budget, a power of two, whose estimate fits; without recomputation, if that leaves
+    a budget worth having.
+
+    Args:
+        settings: of a run, but for these two.
+        limit: bytes that the run may plan to use.
+        microbatch_tokens: the budget; None where it is open.
+        is_checkpointing: whether activations are recomputed; None where it is open.
+
+    Returns:
+        The first settings that fit, or those that need least.
+    """
+    found = settings
+    for found in _choices(settings, microbatch_tokens, is_checkpointing):
+        if is_far_below(found, limit) or estimate_memory(found).peak <= limit:
+            break
+    return found
+
+
+def _choices(
+    settings: MemorySettings, microbatch_tokens: int | None, is_checkpointing: bool | None
+) -> Iterator[MemorySettings]:
+    for recomputes in (False, True) if is_checkpointing is None else (is_checkpointing,):
+        model = replace(settings.model, activation_checkpointing=recomputes)
+        is_last = recomputes or is_checkpointing is not None
+        fewest = _FEWEST_TOKENS_AT_ALL if is_last else _FEWEST_TOKENS
+        tokens = microbatch_tokens or _MOST_TOKENS["cuda" if settings.is_cuda else "cpu"]
+        while True:
+            yield replace(settings, model=model, microbatch_tokens=tokens)
+            tokens //= 2
+            if microbatch_tokens is not None or tokens < fewest:
+                break
 
 
 def check_fits(estimate: MemoryEstimate, limit: int) -> None:
@@ -174,3 +222,27 @@ STEPS: tuple[Callable[[MemorySettings], Iterator[Change]], ...] = (
     _cheaper_critic,
     _adapters,
 )
+
+
+def is_far_below(settings: MemorySettings, limit: int) -> bool:
+    """Whether a bound that is cheap to compute, and far above any estimate, is below the limit.
+
+    Args:
+        settings: of a run.
+        limit: bytes.
+
+    Returns:
+        True where there is nothing to measure.
+    """
+    config = settings.model.config
+    depth, hidden = settings.model.num_layers, settings.model.hidden_size
+    inner = max(getattr(config, "intermediate_size", None) or 0, 4 * hidden)
+    vocabulary = settings.model.vocab_size
+    heads = int(config.num_attention_heads)
+    length = settings.row_tokens
+    tokens = max(settings.microbatch_rows, settings.rows_decoded) * length
+    parameters = depth * (8 * hidden * hidden + 4 * hidden * inner) + 2 * hidden * vocabulary
+    activations = tokens * (depth * (64 * hidden + 16 * inner + 4 * heads * length))
+    logits = tokens * vocabulary * 16
+    # Full state with copies and snapshots, policy and critic; everything in float32, twice.
+    return 2 * (parameters * 64 + (activations + logits) * 4) < limit

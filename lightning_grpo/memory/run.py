@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import lightning as L
@@ -13,65 +12,71 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from lightning_grpo.critic import CriticSettings
 from lightning_grpo.distributed import failing_together
+from lightning_grpo.memory.device import device_limit, memory_at_hand
 from lightning_grpo.memory.estimate import MemorySettings, Sharding, estimate_memory
-from lightning_grpo.memory.fit import check_fits
+from lightning_grpo.memory.fit import GB, check_fits, choose, is_far_below
 from lightning_grpo.memory.model import config_as_json, read_config, spec_from_config
 
 if TYPE_CHECKING:
     from lightning_grpo.module import GRPOModule
 
+# For a model that cannot be estimated.
+_USUAL_TOKENS = 16384
 
-def device_limit(device: torch.device, num_sharing: int = 1) -> int:
-    """Bytes that a process can use on a device.
+
+def settle_memory(module: GRPOModule, trainer: L.Trainer) -> None:
+    """Choose token budget and activation checkpointing from the memory at hand, where left open.
+
+    The choice is the same on all ranks, whichever has least; every rank has to call it. It needs
+    the settings but not the weights, so that it is best called once the data is set up and before
+    the policy is loaded. For a model that cannot be estimated it is the usual one.
 
     Args:
-        device: a CUDA GPU, whose whole memory counts, or the CPU, whose memory is that of the
-            machine or the limit of its control group, whichever is less.
-        num_sharing: processes that share the memory of a CPU.
-
-    Returns:
-        Bytes.
+        module: with its rollout settings; its choices are completed.
+        trainer: with its strategy, its callbacks and its data module.
     """
-    if device.type == "cuda":
-        return int(torch.cuda.get_device_properties(device).total_memory)
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return min([total, *_cgroup_limits()]) // num_sharing
-
-
-def _cgroup_limits() -> list[int]:
-    limits = []
-    try:
-        lines = Path("/proc/self/cgroup").read_text(encoding="ascii").splitlines()
-    except OSError:  # not Linux
-        return []
-    for line in lines:
-        _, controllers, group = line.split(":", 2)
-        root = Path("/sys/fs/cgroup") / ("memory" if "memory" in controllers else "")
-        name = "memory.limit_in_bytes" if "memory" in controllers else "memory.max"
-        inner = root / group.lstrip("/")
-        for folder in [inner, *inner.parents]:
-            file = folder / name
-            if folder.is_relative_to(root) and file.is_file():
-                text = file.read_text(encoding="ascii").strip()
-                limits += [int(text)] if text.isdigit() else []
-    return limits
+    made = module.choices
+    if made.microbatch_tokens is not None and made.is_checkpointing is not None:
+        return
+    device, num_sharing = _device_of(trainer)
+    at_hand = torch.tensor(-float(memory_at_hand(device, num_sharing)), dtype=torch.float64)
+    limit = -int(module.max_over_ranks(at_hand))
+    with failing_together(module, "choosing from the memory"):
+        try:
+            chosen = choose(
+                settings_of_run(module, trainer),
+                limit,
+                microbatch_tokens=made.microbatch_tokens,
+                is_checkpointing=made.is_checkpointing,
+            )
+            tokens, recomputes = chosen.microbatch_tokens, chosen.model.activation_checkpointing
+            if not is_far_below(chosen, limit):
+                peak = estimate_memory(chosen).peak
+                rank_zero_info(
+                    f"memory: a token budget of {tokens} with activation checkpointing "
+                    f"{'on' if recomputes else 'off'} is estimated at {peak / GB:.1f} GB, of "
+                    f"{limit / GB:.1f} GB that may be planned with"
+                )
+        except Exception:  # code of any model runs here, on tensors without values
+            tokens = made.microbatch_tokens or _USUAL_TOKENS
+            recomputes = bool(made.is_checkpointing)
+    tokens, recomputes = trainer.strategy.broadcast((tokens, recomputes))
+    module.choices = replace(made, microbatch_tokens=tokens, is_checkpointing=recomputes)
 
 
 def refuse_what_cannot_fit(module: GRPOModule, trainer: L.Trainer) -> None:
     """Refuse a fit that its device has no memory for; every rank has to call it.
 
-    It needs the settings but not the weights, so that it is best called once the data is set up
-    and before the policy is loaded. A model that cannot be estimated is left alone, with a note.
+    A model that cannot be estimated is left alone, with a note.
 
     Args:
-        module: with its rollout settings.
+        module: with its rollout settings and its choices.
         trainer: with its strategy, its callbacks and its data module.
 
     Raises:
         ValueError: the estimate is above the device's memory.
     """
-    device = trainer.strategy.root_device
-    limit = device_limit(device, 1 if device.type == "cuda" else trainer.num_devices)
+    limit = device_limit(*_device_of(trainer))
     with failing_together(module, "checking the memory"):
         try:
             settings = settings_of_run(module, trainer)
@@ -84,6 +89,12 @@ def refuse_what_cannot_fit(module: GRPOModule, trainer: L.Trainer) -> None:
         check_fits(estimate, limit)
 
 
+def _device_of(trainer: L.Trainer) -> tuple[torch.device, int]:
+    """The device of this rank, and how many ranks share its memory."""
+    device = trainer.strategy.root_device
+    return device, 1 if device.type == "cuda" else trainer.num_devices
+
+
 def settings_of_run(module: GRPOModule, trainer: L.Trainer) -> MemorySettings:
     """The settings of a run that is about to start.
 
@@ -92,7 +103,7 @@ def settings_of_run(module: GRPOModule, trainer: L.Trainer) -> MemorySettings:
         trainer: with strategy, callbacks and data module.
 
     Returns:
-        What decides its memory.
+        What decides its memory; of what is not chosen yet, the usual.
     """
     options = module.load_options
     data: Any = trainer.datamodule  # type: ignore[attr-defined]
@@ -108,7 +119,7 @@ def settings_of_run(module: GRPOModule, trainer: L.Trainer) -> MemorySettings:
         dtype="bfloat16" if is_half else options["dtype"],
         is_converted=is_half,
         lora=options["lora"],
-        activation_checkpointing=options["activation_checkpointing"],
+        activation_checkpointing=bool(module.choices.is_checkpointing),
         attn_implementation=options["attn_implementation"],
         dropout=options["dropout"],
         num_tokens=len(module.tokenizer),
@@ -121,10 +132,13 @@ def settings_of_run(module: GRPOModule, trainer: L.Trainer) -> MemorySettings:
         completion_tokens=settings.sampling.max_completion_tokens,
         prompts=max(data.prompts_per_iteration // module.num_ranks, 1),
         group_size=settings.group_size,
+        val_prompts=data.val_prompts_per_batch if data.sources["val"][0] is not None else 0,
+        num_val_samples=settings.num_val_samples,
         num_minibatches=next((number for number in found if number), 1),
+        engine=settings.engine,
         max_rows=settings.max_rows,
-        microbatch_tokens=module.microbatch_tokens,
-        is_packed=module.packing == "auto",
+        microbatch_tokens=module.choices.microbatch_tokens or _USUAL_TOKENS,
+        is_packed=module.choices.is_packing is not False,
         temperature=settings.sampling.temperature,
         has_entropy_bonus=any(
             getattr(part, "entropy_coef", 0) > 0 for part in (module.algorithm, module.ppo)
@@ -143,27 +157,3 @@ def _sharding(trainer: L.Trainer) -> Sharding:
     if isinstance(trainer.strategy, ModelParallelStrategy):
         return "fsdp2"
     return "ddp" if isinstance(trainer.strategy, DDPStrategy) else "none"
-
-
-def is_far_below(settings: MemorySettings, limit: int) -> bool:
-    """Whether a bound that is cheap to compute, and far above any estimate, is below the limit.
-
-    Args:
-        settings: of a run.
-        limit: bytes.
-
-    Returns:
-        True where there is nothing to measure.
-    """
-    config = settings.model.config
-    depth, hidden = settings.model.num_layers, settings.model.hidden_size
-    inner = max(getattr(config, "intermediate_size", None) or 0, 4 * hidden)
-    vocabulary = settings.model.vocab_size
-    heads = int(config.num_attention_heads)
-    length = settings.row_tokens
-    tokens = max(settings.microbatch_rows, settings.rows_decoded) * length
-    parameters = depth * (8 * hidden * hidden + 4 * hidden * inner) + 2 * hidden * vocabulary
-    activations = tokens * (depth * (64 * hidden + 16 * inner + 4 * heads * length))
-    logits = tokens * vocabulary * 16
-    # Full state with copies and snapshots, policy and critic; everything in float32, twice.
-    return 2 * (parameters * 64 + (activations + logits) * 4) < limit

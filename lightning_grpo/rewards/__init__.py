@@ -5,6 +5,8 @@ from lightning_grpo.rewards.answers import (
     extract_gsm8k_strict,
     extract_last_number,
 )
+from lightning_grpo.rewards.binding import per_row
+from lightning_grpo.rewards.early import EarlyScores
 from lightning_grpo.rewards.model import RewardModel
 from lightning_grpo.rewards.scorer import RewardError, RewardFunction, Scorer, Scores
 from lightning_grpo.rewards.shaping import SoftOverlong
@@ -17,6 +19,7 @@ from lightning_grpo.rewards.verifiable import (
 )
 
 __all__ = [
+    "EarlyScores",
     "RewardError",
     "RewardFunction",
     "RewardModel",
@@ -31,4 +34,5 @@ __all__ = [
     "gsm8k_flexible",
     "gsm8k_strict",
     "numeric_match",
+    "per_row",
 ]

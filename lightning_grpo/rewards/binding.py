@@ -1,12 +1,13 @@
-"""The name of a reward function, the arguments it takes, and the call that gives them to it."""
+"""What a reward function is called, says of itself and takes, and the call that gives it that."""
 
 from __future__ import annotations
 
 import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 _BY_KEYWORD = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 
 
@@ -30,6 +31,30 @@ def function_names(functions: Sequence[Any]) -> list[str]:
     return names
 
 
+def per_row(function: _Function) -> _Function:
+    """Say that a reward function scores each row by itself.
+
+    What it gives a completion then depends neither on the completions beside it nor on their
+    order, so that it can be called with those that have ended while others are being completed.
+    It is called so in several threads at once.
+
+    Args:
+        function: a reward function; the class of one can set `is_per_row = True` instead.
+
+    Returns:
+        The function itself.
+    """
+    function.is_per_row = True  # type: ignore[attr-defined]
+    return function
+
+
+def is_per_row(function: Callable[..., Any]) -> bool:
+    """Whether a function, or that inside a partial, says that it scores each row by itself."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    return bool(getattr(function, "is_per_row", False))
+
+
 def required_arguments(function: Callable[..., Any]) -> list[str]:
     """Return the names of the arguments without a default."""
     parameters = _parameters(function) or []
@@ -51,11 +76,22 @@ def bind(function: Callable[..., Any], arguments: Mapping[str, Any]) -> Callable
     accepted = _accepted_arguments(function)
     bound = function.keywords if isinstance(function, functools.partial) else {}
     own = {
-        name: _copied(value)
+        name: copied(value)
         for name, value in arguments.items()
         if name not in bound and (accepted is None or name in accepted)
     }
     return functools.partial(function, **own)
+
+
+def copied(value: Any) -> Any:
+    """Copy lists and dicts, and those inside them; other objects stay what they are."""
+    if isinstance(value, list):
+        # Looking at the types first makes long lists of token ids cheap.
+        is_nested = any(issubclass(kind, (list, dict)) for kind in set(map(type, value)))
+        return [copied(item) for item in value] if is_nested else list(value)
+    if isinstance(value, dict):
+        return {key: copied(item) for key, item in value.items()}
+    return value
 
 
 def _base_name(function: Any) -> str:
@@ -82,13 +118,3 @@ def _accepted_arguments(function: Callable[..., Any]) -> set[str] | None:
     if parameters is None or any(p.kind is p.VAR_KEYWORD for p in parameters):
         return None
     return {p.name for p in parameters if p.kind in _BY_KEYWORD}
-
-
-def _copied(value: Any) -> Any:
-    if isinstance(value, list):
-        # Looking at the types first makes long lists of token ids cheap.
-        is_nested = any(issubclass(kind, (list, dict)) for kind in set(map(type, value)))
-        return [_copied(item) for item in value] if is_nested else list(value)
-    if isinstance(value, dict):
-        return {key: _copied(item) for key, item in value.items()}
-    return value

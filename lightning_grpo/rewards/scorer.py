@@ -5,6 +5,9 @@ or async, with one value per completion; None means that it does not score the r
 with keywords: prompts, completions, completion_ids, trainer_state, log_metric, log_extra, and every
 column of the data. Functions written for the GRPOTrainer of TRL fit unchanged; one that has no
 `**kwargs` gets only the arguments that it names.
+
+It is called once, with all rows after the rollout, unless it says that it scores each row by itself
+(see `per_row`): then it is called with rows as they end, for the same result.
 """
 
 from __future__ import annotations
@@ -18,9 +21,11 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from lightning_grpo.rewards.binding import bind, function_names, required_arguments
+from lightning_grpo.rewards.binding import function_names, is_per_row, required_arguments
+from lightning_grpo.rewards.calling import Calls, call_functions
 from lightning_grpo.rewards.checking import CheckedValues, check_values
-from lightning_grpo.rewards.running import run_all
+from lightning_grpo.rewards.early import EarlyScores
+from lightning_grpo.rewards.function_log import FunctionLog
 from lightning_grpo.types import CompletionText, Prompt
 
 if TYPE_CHECKING:
@@ -76,6 +81,8 @@ class Scorer:
             `skip` takes the row of a bad value, or in the other two cases all rows, as not scored
             by this function. `value` gives them `error_value`. Both log a warning and count.
         error_value: reward of what failed under `on_error: value`, before the weight; finite.
+        per_row: names of functions that score each row by itself, besides those that say so.
+        num_threads: rows scored at a time while others are being completed; 0 waits for all.
 
     Raises:
         ValueError: an argument is out of its range.
@@ -87,6 +94,8 @@ class Scorer:
         weights: Sequence[float] | None = None,
         on_error: Literal["raise", "skip", "value"] = "raise",
         error_value: float = 0.0,
+        per_row: Collection[str] = (),
+        num_threads: int = 8,
     ) -> None:
         if not functions:
             raise ValueError("functions is empty; give at least one reward function")
@@ -99,6 +108,40 @@ class Scorer:
         self.weights = _checked_weights(weights, self.names)
         self.on_error = on_error
         self.error_value = float(error_value)
+        for name in per_row:
+            if name not in self.names:
+                raise ValueError(f"per_row names {name!r}, which is none of {self.names}")
+        if num_threads < 0:
+            raise ValueError(f"num_threads must not be negative, got {num_threads}")
+        self.num_threads = num_threads
+        self.early_functions = {
+            index: function
+            for index, (name, function) in enumerate(zip(self.names, self.functions))
+            if num_threads and (name in per_row or is_per_row(function))
+        }
+        """Those that are called with rows as they end, by their index."""
+        self._noted: set[str] = set()
+
+    def start_early(
+        self,
+        prompts: Sequence[Prompt],
+        columns: Mapping[str, Sequence[Any]],
+        trainer_state: TrainerState | None = None,
+    ) -> EarlyScores:
+        """Get ready to score rows of a rollout as they end.
+
+        Args:
+            prompts: B prompts, each repeated for every completion of its group.
+            columns: data columns, B values each.
+            trainer_state: where training stands.
+
+        Returns:
+            What takes the rows, and then goes into the call of the scorer.
+        """
+        if not self.early_functions:
+            return EarlyScores({})
+        arguments = {"trainer_state": trainer_state}
+        return EarlyScores(self.early_functions, prompts, columns, arguments, self.num_threads)
 
     def __call__(
         self,
@@ -107,6 +150,7 @@ class Scorer:
         completion_ids: list[list[int]],
         columns: Mapping[str, list[Any]],
         trainer_state: TrainerState | None = None,
+        early: EarlyScores | None = None,
     ) -> Scores:
         """Score B completions.
 
@@ -116,6 +160,7 @@ class Scorer:
             completion_ids: B lists of token ids, unpadded, up to and including EOS.
             columns: data columns, B values each.
             trainer_state: where training stands, for functions that change with it.
+            early: what was scored while the rollout was made.
 
         Returns:
             The rewards of the B rows. Without rows no function is called.
@@ -127,25 +172,37 @@ class Scorer:
         self._check_columns(columns)
         given: dict[str, Any] = {"prompts": prompts, "completions": completions}
         given.update(completion_ids=completion_ids, **columns)
-        size = len(completions)
-        _check_lengths(given, size)
-        logs = [_Log(size) for _ in self.functions]
-        calls = [
-            bind(function, given | log.arguments() | {"trainer_state": trainer_state})
-            for function, log in zip(self.functions, logs)
-        ]
-        outcomes = run_all(calls) if size else [[] for _ in calls]
-        checked = [check_values(outcome, completions) for outcome in outcomes]
+        _check_lengths(given, len(completions))
+        calls = call_functions(
+            self.functions, given, {"trainer_state": trainer_state}, early or EarlyScores({})
+        )
+        self._note_reasons(calls)
+        checked = [check_values(outcome, completions) for outcome in calls.outcomes]
         function_rewards = {
             name: self._filled(name, values) for name, values in zip(self.names, checked)
         }
         return Scores(
             function_rewards=function_rewards,
             rewards=_weighted_sum(list(function_rewards.values()), self.weights),
-            metrics=_merged_metrics(logs),
-            extra_columns=_merged_columns(self.names, logs),
+            metrics=_merged_metrics(calls.logs),
+            extra_columns=_merged_columns(self.names, calls.logs),
             num_errors=sum(len(values.bad_rows) for values in checked),
         )
+
+    def _note_reasons(self, calls: Calls) -> None:
+        """Say once why a function is called with all rows though it scores each by itself."""
+        for index, reason in calls.reasons.items():
+            name = self.names[index]
+            if reason and name not in self._noted:
+                self._noted.add(name)
+                _logger.warning(
+                    "reward function '%s' is to score each row by itself, but called with some "
+                    "rows %s; it is called again with all rows after the rollout",
+                    name,
+                    reason,
+                )
+            if calls.logs[index].metrics:  # it will log them again
+                self.early_functions.pop(index, None)
 
     def missing_columns(self, available: Collection[str]) -> dict[str, list[str]]:
         """Find the required arguments that the data cannot fill.
@@ -196,30 +253,6 @@ class Scorer:
         return rewards
 
 
-class _Log:
-    """Takes what one function hands to log_metric and log_extra."""
-
-    def __init__(self, size: int) -> None:
-        self.size = size
-        self.metrics: list[tuple[str, float]] = []
-        self.columns: dict[str, list[Any]] = {}
-
-    def arguments(self) -> dict[str, Any]:
-        return {"log_metric": self.log_metric, "log_extra": self.log_extra}
-
-    def log_metric(self, name: str, value: float) -> None:
-        self.metrics.append((str(name), float(value)))
-
-    def log_extra(self, column: str, values: Sequence[Any]) -> None:
-        values = list(values)
-        if len(values) != self.size:
-            raise ValueError(
-                f"log_extra('{column}') got {len(values)} values, expected {self.size}, one per "
-                "completion"
-            )
-        self.columns[str(column)] = values
-
-
 def _checked_weights(weights: Sequence[float] | None, names: list[str]) -> list[float]:
     if weights is None:
         return [1.0] * len(names)
@@ -249,7 +282,7 @@ def _weighted_sum(function_rewards: list[Tensor], weights: list[float]) -> Tenso
     return total.masked_fill(~is_scored, math.nan)
 
 
-def _merged_metrics(logs: list[_Log]) -> dict[str, list[float]]:
+def _merged_metrics(logs: list[FunctionLog]) -> dict[str, list[float]]:
     merged: dict[str, list[float]] = {}
     for log in logs:
         for name, value in log.metrics:
@@ -257,7 +290,7 @@ def _merged_metrics(logs: list[_Log]) -> dict[str, list[float]]:
     return merged
 
 
-def _merged_columns(names: list[str], logs: list[_Log]) -> dict[str, list[Any]]:
+def _merged_columns(names: list[str], logs: list[FunctionLog]) -> dict[str, list[Any]]:
     merged: dict[str, list[Any]] = {}
     for name, log in zip(names, logs):
         for column, values in log.columns.items():

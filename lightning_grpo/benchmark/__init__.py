@@ -1,0 +1,1 @@
+"""The benchmark: contestants make the same training step by turns, each in its own process."""
