@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -73,6 +73,53 @@ def test_later_rollouts_capture_nothing_though_weights_prompts_and_draws_are_oth
     assert captures == [1, 1, 0, 0, 0, 0]
 
 
+def test_settings_of_rows_are_those_of_the_rollout_and_not_of_the_captured_one():
+    policy, batch = tiny_policy(), batch_of(PROMPTS)
+    engine = captured_engine(policy, [1, 2, 3])
+    common = {"max_completion_tokens": 12, "stop_strings": ["1"], "bad_words": ["7", "ab"]}
+    longest = Sampling(**common)
+    own = [
+        [longest, Sampling(0.0, **common), Sampling(0.5, 3, 0.8, **common)] + 2 * [longest],
+        [Sampling(2.0, 2, **common), Sampling(0.7, top_p=0.5, **common)] + 3 * [longest],
+    ]
+    short = [Sampling(max_completion_tokens=n, min_completion_tokens=n // 2) for n in (2, 12, 4)]
+    captures = []
+    for samplings in (own[0], own[1], own[0], short + short[:2], short[1:] + 3 * short[:1]):
+        drawn = engine.generate(batch, samplings, 4, key=KEY)
+        expected = TransformersEngine(policy, TOKENIZER, [1, 2, 3]).generate(
+            batch, samplings, 4, key=KEY
+        )
+        assert_same(drawn, expected)
+        captures.append(engine.counts.num_captures)
+    assert engine.decoder_name == "captured"
+    assert captures[0] > 0 and captures[1:3] == [0, 0] and captures[3] > 0
+
+
+def test_other_words_and_limits_are_other_captures():
+    policy, batch = tiny_policy(), batch_of(PROMPTS)
+    engine = captured_engine(policy, [1])
+    common = {"max_completion_tokens": 8}
+    for options in (
+        {},
+        {"temperature": 0.7},
+        {"top_k": 3},
+        {"top_p": 0.6},
+        {"min_completion_tokens": 5},
+        {"min_completion_tokens": 7},
+        {"bad_words": ["3"]},
+        {"bad_words": ["4"]},
+        {"bad_words": ["45"]},
+        {"stop_strings": ["4"]},
+        {"stop_strings": ["5"]},
+    ):
+        sampling = Sampling(**(common | options))
+        plain = TransformersEngine(policy, TOKENIZER, [1])
+        for iteration in range(2):
+            key = KEY._replace(iteration=iteration)
+            drawn = engine.generate(batch, sampling, 4, key=key)
+            assert_same(drawn, plain.generate(batch, sampling, 4, key=key))
+
+
 def test_rows_are_dropped_without_moving_keys_and_the_bucket_shrinks():
     policy, batch = tiny_policy(), batch_of(PROMPTS)
     sizes: list[int] = []
@@ -106,10 +153,12 @@ def test_rows_are_dropped_without_moving_keys_and_the_bucket_shrinks():
         Sampling(max_completion_tokens=6),
         Sampling(0.0, max_completion_tokens=6),
         Sampling(0.7, 5, 0.9, max_completion_tokens=6, stop_strings=["7", "ab"]),
+        CASES["bad-words"][1],
+        CASES["own"][1],
     ],
-    ids=["plain", "greedy", "truncated-with-stops"],
+    ids=["plain", "greedy", "truncated-with-stops", "bad-words", "own"],
 )
-def test_a_step_reads_nothing_and_has_no_size_that_depends_on_values(sampling: Sampling):
+def test_a_step_reads_nothing_and_has_no_size_that_depends_on_values(sampling: Any):
     found: list[str] = []
     num_records = 0
 
@@ -167,19 +216,35 @@ class OneLate:
         self.waiting = None
 
 
+class Reports:
+    """Keeps what is handed out."""
+
+    def __init__(self) -> None:
+        self.rows: list[list[tuple[int, list[int]]]] = []
+
+    def append(self, rows: Sequence[int], token_lists: Sequence[list[int]]) -> None:
+        self.rows.append(list(zip(rows, token_lists, strict=True)))
+
+
 @pytest.mark.parametrize("check_every", [1, 5])
 def test_late_answers_change_no_completion(check_every: int, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(decode_loop, "LateReader", OneLate)
     monkeypatch.setitem(decode_loop._CHECK_EVERY, "cpu", check_every)
     policy, batch = tiny_policy(), batch_of(PROMPTS)
-    for case in ("ragged", "refill", "eos-at-once", "one-token"):
+    for case in ("ragged", "refill", "eos-at-once", "one-token", "own"):
         eos, sampling, max_rows = CASES[case]
         expected = TransformersEngine(policy, TOKENIZER, eos).generate(batch, sampling, 4, key=KEY)
-        engine = captured_engine(policy, eos, max_rows=max_rows)
-        assert_same(engine.generate(batch, sampling, 4, key=KEY), expected)
-        assert engine.decoder_name == "captured"
+        captured = captured_engine(policy, eos, max_rows=max_rows)
         plain = NativeEngine(policy, TOKENIZER, eos, max_rows=max_rows)
-        assert_same(plain.generate(batch, sampling, 4, key=KEY), expected)
+        for engine in (captured, plain):
+            reports = Reports()
+            drawn = engine.generate(batch, sampling, 4, key=KEY, on_finished=reports.append)
+            assert_same(drawn, expected)
+            ids, mask = expected.completion_ids, expected.completion_mask
+            reported = [pair for rows in reports.rows for pair in rows]
+            assert sorted(reported) == [(row, ids[row][mask[row]].tolist()) for row in range(20)]
+            assert len(reports.rows) > 1 or case in ("eos-at-once", "one-token")
+        assert captured.decoder_name == "captured"
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true"])

@@ -18,8 +18,9 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lightning_grpo.generation.cached_decoder import CachedDecoder
-from lightning_grpo.generation.decode_loop import DecodeLoop, Ending
+from lightning_grpo.generation.decode_loop import DecodeLoop
 from lightning_grpo.generation.decoder import Decoder, Lengths, MakeDecoder, RolloutCounts
+from lightning_grpo.generation.drawn_rows import Ending
 from lightning_grpo.generation.fused_decoder import FusedDecoder
 from lightning_grpo.generation.pooled_decoder import PooledDecoder
 from lightning_grpo.generation.protocol import OnFinished, Sampling, SamplingKey, per_prompt
