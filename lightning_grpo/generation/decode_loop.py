@@ -125,8 +125,8 @@ class DecodeLoop:
 
     def _step(self, num_rows: int) -> None:
         """Run and draw one more token in the first places, those without a row included."""
-        logits = self.decoder.step(self.drawn.tokens[:num_rows])
-        self.drawn.draw(logits, 0, num_rows)
+        tokens = self.drawn.places(0, num_rows).tokens
+        self.drawn.draw(self.decoder.step(tokens), 0, num_rows)
 
     def _report(self, num_ended: int) -> None:
         """Hand out the rows that have ended, where there are more than have been handed out."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,6 +33,21 @@ class Ending:
     eos_token_ids: Sequence[int]
     stop_strings: StopStringCriteria | None
     pad_token_id: int
+
+
+class _Places(NamedTuple):
+    """Of the row in each of n places."""
+
+    rows: Tensor
+    """(n,) its number."""
+    drawn: Tensor
+    """(n,) tokens drawn."""
+    tokens: Tensor
+    """(n,) the last of them."""
+    is_running: Tensor
+    """(n,) whether it has not ended."""
+    recent: Tensor
+    """(n, W) the last tokens."""
 
 
 class DrawnRows:
@@ -85,17 +101,24 @@ class DrawnRows:
             self.own[name] = full(f"own.{name}", shape[:1], 1, values.dtype)
             self.own[name][:num_rows] = values
 
-        # Of the row in each place: its number, tokens drawn, and the last of them.
-        self.rows = full("rows", (num_places,), num_kept, torch.int64)
-        self.drawn = full("drawn", (num_places,), 0, torch.int64)
-        self.tokens = full("tokens", (num_places,), 0, torch.int64)
-        self.is_running = full("is_running", (num_places,), False, torch.bool)
         stops = ending.stop_strings
         width = max(stops.maximum_token_len if stops is not None else 0, sampler.num_recent)
-        self.recent = full("recent", (num_places, width), 0, torch.int64)
+        self.all_places = _Places(
+            rows=full("rows", (num_places,), num_kept, torch.int64),
+            drawn=full("drawn", (num_places,), 0, torch.int64),
+            tokens=full("tokens", (num_places,), 0, torch.int64),
+            is_running=full("is_running", (num_places,), False, torch.bool),
+            recent=full("recent", (num_places, width), 0, torch.int64),
+        )
+        self.views: dict[tuple[int, int], _Places] = {}
 
         self.is_reported = torch.zeros(num_rows, dtype=torch.bool, device=device)
         self.num_reported = 0
+
+    @property
+    def is_running(self) -> Tensor:
+        """(places,) bool, False where there is no row."""
+        return self.all_places.is_running
 
     def draw_ahead(self, key: SamplingKey, group_ids: Sequence[int], group_size: int) -> None:
         """Make the random numbers of all draws.
@@ -117,11 +140,18 @@ class DrawnRows:
 
     def put(self, rows: Sequence[int], place: int) -> None:
         """Let rows begin, in places from one on."""
-        places = slice(place, place + len(rows))
-        self.rows[places] = torch.tensor(rows, dtype=torch.int64, device=self.device)
-        self.drawn[places] = 0
-        self.is_running[places] = True
-        self.recent[places] = NO_TOKEN
+        places = self.places(place, place + len(rows))
+        places.rows.copy_(torch.tensor(rows, dtype=torch.int64))
+        places.drawn.zero_()
+        places.is_running.fill_(True)
+        places.recent.fill_(NO_TOKEN)
+
+    def places(self, start: int, end: int) -> _Places:
+        """What belongs to the rows in some places, as views."""
+        views = self.views.get((start, end))
+        if views is None:  # to make them takes longer than some operations
+            views = self.views[start, end] = _Places(*(x[start:end] for x in self.all_places))
+        return views
 
     def draw(self, logits: Tensor, start: int, end: int) -> None:
         """Draw the next token of the rows in some places, and note which of them end.
@@ -131,8 +161,7 @@ class DrawnRows:
             start: the first place.
             end: the place after the last.
         """
-        rows, drawn = self.rows[start:end], self.drawn[start:end]
-        recent, is_running = self.recent[start:end], self.is_running[start:end]
+        rows, drawn, last, is_running, recent = self.places(start, end)
         own = {name: values[rows] for name, values in self.own.items()}
         limit = self.ids.shape[1] - 1
         column = drawn.clamp(max=limit)
@@ -141,11 +170,11 @@ class DrawnRows:
         )
         self.ids[rows, column] = tokens
         self.logprobs[rows, column] = logprobs
-        self.tokens[start:end] = tokens
+        last.copy_(tokens)
         drawn += 1
         ended = self.is_eos[tokens]
         if recent.shape[1]:
-            recent[:] = torch.cat([recent[:, 1:], tokens.unsqueeze(1)], dim=1)
+            recent.copy_(torch.cat([recent[:, 1:], tokens.unsqueeze(1)], dim=1))
         if self.ending.stop_strings is not None:
             is_stop = self.ending.stop_strings(recent, None)
             ended = ended | (is_stop & self.sampler.may_stop(drawn, own))
@@ -159,10 +188,10 @@ class DrawnRows:
         """Drop the rows in all other places, and move these together."""
         count = len(places)
         kept = torch.tensor(places, dtype=torch.int64, device=self.device)
-        for x in (self.rows, self.drawn, self.tokens, self.is_running, self.recent):
+        for x in self.all_places:
             x[:count] = x[kept]
-        self.rows[count:] = len(self.ids) - 1
-        self.is_running[count:] = False
+        self.all_places.rows[count:] = len(self.ids) - 1
+        self.all_places.is_running[count:] = False
 
     def report(self, on_finished: OnFinished) -> None:
         """Hand out the rows that have ended since the last report."""
