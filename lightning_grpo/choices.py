@@ -139,7 +139,7 @@ def settle_decoder(module: GRPOModule) -> None:
     engine = module.engine
     if not isinstance(engine, NativeEngine):
         return
-    names = [*engine.decoders, "transformers"]
+    names = engine.decoder_names
     # The last that any rank has come to works for all.
     own = torch.tensor(float(names.index(engine.decoder_name or names[0])))
     engine.decoder_name = names[int(module.max_over_ranks(own))]

@@ -9,10 +9,13 @@ by up to 0.1 nats, which is more than a policy moves in one step.
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
+
+from lightning_grpo.kernels import logit_kernels
 
 # none: zeros; detached: for the metric alone; gradient: for an entropy bonus in the loss.
 Entropy = Literal["none", "detached", "gradient"]
@@ -95,7 +98,8 @@ def linear_logprobs(
 
     Equal to `token_logprobs` and `token_entropy` of the logits. Forward and backward take some
     tokens at a time; kept in between are the hidden states and one normaliser per token, and the
-    logits are computed again. A weight or bias that needs no gradient costs none.
+    logits are computed again. A weight or bias that needs no gradient costs none. On a CUDA GPU
+    with Triton what follows the product is one pass over the logits, see kernels/triton_logits.py.
 
     Source: own; the recomputation is that of Cut Cross-Entropy (arXiv:2411.09009).
 
@@ -153,14 +157,13 @@ class _LinearLogprobs(torch.autograd.Function):
         logprobs, lse, entropies = hidden.new_zeros(3, len(hidden), dtype=wide).unbind()
         ctx.options = num_tokens, temperature, dtype
         layer = _cast_layer(weight, bias, num_tokens, dtype)
+        operations = _operations(hidden.device, dtype)
         for part in _chunks(hidden, num_tokens):
-            z = _logits(hidden[part].to(dtype), *layer, temperature)
-            lse[part] = z.logsumexp(dim=-1)
-            chosen = z.gather(-1, token_ids[part].unsqueeze(-1)).squeeze(-1)
-            logprobs[part] = chosen - lse[part]
-            if entropy != "none":
-                z -= lse[part].unsqueeze(-1)
-                entropies[part] = -torch.linalg.vecdot(z.exp(), z)
+            z = _logits(hidden[part].to(dtype), *layer)
+            statistics = operations.statistics(z, token_ids[part], temperature, entropy != "none")
+            logprobs[part], lse[part] = statistics[:2]
+            if statistics[2] is not None:
+                entropies[part] = statistics[2]
         ctx.save_for_backward(hidden, weight, bias, token_ids, lse, entropies)
         if entropy != "gradient":
             entropies = entropies.clone()
@@ -178,19 +181,20 @@ class _LinearLogprobs(torch.autograd.Function):
         d_weight = torch.zeros_like(weight, dtype=lse.dtype) if needs_weight else None
         d_bias = torch.zeros_like(bias, dtype=lse.dtype) if needs_bias else None
         layer = _cast_layer(weight, bias, num_tokens, dtype)
+        operations = _operations(hidden.device, dtype)
         for part in _chunks(hidden, num_tokens):
             rows = hidden[part].to(dtype)
-            logp = _logits(rows, *layer, temperature).sub_(lse[part].unsqueeze(-1))
-            scale = (grads[0][part] / temperature).unsqueeze(-1)
-            if ctx.has_entropy:
-                more = (grads[1][part] / temperature).unsqueeze(-1)
-                scales = (logp + entropies[part].unsqueeze(-1)).mul_(more).add_(scale)
-                d_logits = logp.exp_().mul_(scales.neg_())
-            else:
-                d_logits = logp.exp_().mul_(-scale)
-            d_logits.scatter_add_(-1, token_ids[part].unsqueeze(-1), scale)
+            d_logits = operations.gradients(
+                _logits(rows, *layer),
+                token_ids[part],
+                lse[part],
+                entropies[part],
+                grads[0][part] / temperature,
+                grads[1][part] / temperature if ctx.has_entropy else None,
+                temperature,
+            )
             if d_bias is not None:
-                d_bias[:num_tokens] += d_logits.sum(0)
+                d_bias[:num_tokens] += d_logits.sum(0, dtype=d_bias.dtype)
             d_logits = d_logits.to(dtype)
             if d_hidden is not None:
                 d_hidden[part] = d_logits @ layer[0]
@@ -209,10 +213,65 @@ def _cast_layer(
     return weight[:num_tokens].to(dtype), cut
 
 
-def _logits(rows: Tensor, weight: Tensor, bias: Tensor | None, temperature: float) -> Tensor:
+def _logits(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     with torch.autocast(rows.device.type, enabled=False):
-        z = torch.nn.functional.linear(rows, weight, bias)
-    z = z.to(torch.promote_types(z.dtype, torch.float32))
+        return torch.nn.functional.linear(rows, weight, bias)
+
+
+class _Operations(NamedTuple):
+    """What the function of `linear_logprobs` does with some rows of logits, which it may overwrite.
+
+    The kernels have functions of the same names and arguments.
+    """
+
+    statistics: Callable[[Tensor, Tensor, float, bool], tuple[Tensor, Tensor, Tensor | None]]
+    """Logits, token ids, temperature, whether with entropies -> log-probs, log sum exp, entropies
+    or None, (N,) each."""
+    gradients: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, float], Tensor]
+    """Logits, token ids, log sum exp, entropies, gradients of log-probs and of entropies if any,
+    both over the temperature, temperature -> (N, V) gradients of logits."""
+
+
+def _operations(device: torch.device, dtype: torch.dtype) -> _Operations:
+    kernels = logit_kernels(device.type) if dtype != torch.float64 else None
+    if kernels is None:
+        return _Operations(_token_statistics, _logit_gradients)
+    return _Operations(kernels.token_statistics, kernels.logit_gradients)
+
+
+def _token_statistics(
+    logits: Tensor, token_ids: Tensor, temperature: float, has_entropy: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    z = _widened(logits, temperature)
+    lse = z.logsumexp(dim=-1)
+    logprobs = z.gather(-1, token_ids.unsqueeze(-1)).squeeze(-1) - lse
+    if not has_entropy:
+        return logprobs, lse, None
+    z -= lse.unsqueeze(-1)
+    return logprobs, lse, -torch.linalg.vecdot(z.exp(), z)
+
+
+def _logit_gradients(
+    logits: Tensor,
+    token_ids: Tensor,
+    lse: Tensor,
+    entropies: Tensor,
+    scales: Tensor,
+    entropy_scales: Tensor | None,
+    temperature: float,
+) -> Tensor:
+    logp = _widened(logits, temperature).sub_(lse.unsqueeze(-1))
+    scale = scales.unsqueeze(-1)
+    if entropy_scales is None:
+        gradients = logp.exp_().mul_(-scale)
+    else:
+        factors = (logp + entropies.unsqueeze(-1)).mul_(entropy_scales.unsqueeze(-1)).add_(scale)
+        gradients = logp.exp_().mul_(factors.neg_())
+    return gradients.scatter_add_(-1, token_ids.unsqueeze(-1), scale)
+
+
+def _widened(logits: Tensor, temperature: float) -> Tensor:
+    z = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return z if temperature == 1.0 else z.div_(temperature)
 
 

@@ -15,6 +15,8 @@ import pytest
 import torch
 
 torch.set_num_threads(1)
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported, by whomever
 
 
 @pytest.fixture(autouse=True)

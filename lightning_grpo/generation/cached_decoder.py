@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from lightning_grpo.generation.decoder import Lengths
+from lightning_grpo.generation.steps import Steps
 
 
 class _Held(NamedTuple):
@@ -49,6 +50,7 @@ class CachedDecoder:
 
     def __init__(self, model: PreTrainedModel, lengths: Lengths) -> None:
         self.model: Any = model
+        self.steps = Steps()
         self.lengths = lengths
         self.device = model.device
         self.accepts = frozenset(inspect.signature(model.forward).parameters)
@@ -128,6 +130,10 @@ class CachedDecoder:
             room = layer.room if isinstance(layer, _RoomyLayer) else (layer.keys, layer.values)
             total += sum(x.numel() * x.element_size() for x in room)
         return total
+
+    def close(self) -> None:
+        """See `Decoder.close`."""
+        self.prompts, self.cache = {}, None
 
     def _forward(self, ids: Tensor, mask: Tensor, positions: Tensor, cache: Any) -> Tensor:
         """Logits (rows, V) of the last column."""

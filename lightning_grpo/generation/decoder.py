@@ -9,6 +9,8 @@ from typing import NamedTuple, Protocol
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from lightning_grpo.generation.steps import Steps
+
 
 class Lengths(NamedTuple):
     """What a decoder has to hold in one rollout."""
@@ -27,6 +29,9 @@ class Decoder(Protocol):
     A prompt is run once, under a number that its caller chooses, and then any number of rows can
     start from it, at once or later. Rows are in the order in which they started.
     """
+
+    steps: Steps
+    """How steps are run. With captures, `step` may get more tokens than there are rows."""
 
     def prefill(self, numbers: Sequence[int], prompts: Sequence[list[int]]) -> None:
         """Run prompts, none of them empty, in one forward.
@@ -72,6 +77,10 @@ class Decoder(Protocol):
         """Bytes of the keys and values that are held."""
         ...
 
+    def close(self) -> None:
+        """Let go of what the next rollout does not need; the last use in this one."""
+        ...
+
 
 MakeDecoder = Callable[[PreTrainedModel, Lengths], Decoder]
 
@@ -90,5 +99,9 @@ class RolloutCounts:
     """Rows in all those forwards together."""
     num_compactions: int = 0
     """Times that finished rows were dropped while others went on."""
+    num_reads: int = 0
+    """Times that the host read from the device which rows still run, or how many."""
+    num_captures: int = 0
+    """Steps that were captured, to be replayed from then on."""
     max_kv_bytes: int = 0
     """Most bytes of keys and values held at a time."""

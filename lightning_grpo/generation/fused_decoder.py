@@ -1,20 +1,16 @@
-"""Llama-shaped models without their modules: fewer, larger operations for each token.
+"""Llama-shaped models decoded with fused operations, one after the other on any device.
 
-Query, key and value come from one matrix product, and so do the gate and the up projection. The
-keys and values of a prompt are held and read once for all rows that started from it: the softmax
-runs over the scores of the prompt and of the row's own tokens together, so that it is exact.
+The keys and values of a prompt are held and read once for all rows that started from it: the
+softmax runs over the scores of the prompt and of the row's own tokens together, so that it is
+exact.
 
 The weights are taken from the model whenever a decoder is made, which is once for each rollout:
-they cannot be those of an earlier policy. Layers that are no plain nn.Linear, such as those with
-a LoRA adapter, are called as they are.
-
-Runs eagerly on any device.
+they cannot be those of an earlier policy.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,16 +18,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lightning_grpo.generation.decoder import Lengths
-from lightning_grpo.generation.fused_weights import (
-    Apply,
-    FusedLayer,
-    compute_dtype,
-    fused_layer,
-    fused_linear,
-    fused_norm,
-    refuse_unsupported,
-    rope_tables,
-)
+from lightning_grpo.generation.fused_model import FusedModel, rope_tables
+from lightning_grpo.generation.fused_weights import HeldWeights
+from lightning_grpo.generation.steps import Steps
 
 
 class FusedDecoder:
@@ -49,65 +38,40 @@ class FusedDecoder:
     """
 
     def __init__(self, model: PreTrainedModel, lengths: Lengths) -> None:
-        refuse_unsupported(model)
-        body: Any = model.model
-        config: Any = model.config
-        self.device = body.embed_tokens.weight.device
-        self.dtype = compute_dtype(body.embed_tokens.weight)
-        self.num_heads = config.num_attention_heads
-        self.num_kv_heads = config.num_key_value_heads
-        self.head_dim = body.layers[0].self_attn.head_dim
+        self.model = FusedModel(model, lengths.num_tokens, HeldWeights())
+        self.steps = Steps()
+        self.device, self.dtype = self.model.device, self.model.dtype
+        self.num_kv_heads, self.head_dim = self.model.num_kv_heads, self.model.head_dim
         self.lengths = lengths
-        self.embed: Apply = body.embed_tokens
-        self.layers = [
-            fused_layer(layer, self.num_heads, self.num_kv_heads) for layer in body.layers
-        ]
-        self.final_norm = fused_norm(body.norm)
-        head: Any = model.get_output_embeddings()
-        self.head = fused_linear([head], num_outputs=lengths.num_tokens)
         self.cos, self.sin = rope_tables(model, lengths.prompt + lengths.completion)
 
-        self.prompts: list[int] = []  # the number of each prompt held
+        # The number of each prompt held, and its tokens: the device is not asked for them.
+        self.prompts: dict[int, int] = {}
         self.prompt_lengths = torch.zeros(0, dtype=torch.int64, device=self.device)
         # Explicit: the default may be that of a half precision run.
         self.prompt_logits = torch.zeros(
             0, lengths.num_tokens, dtype=torch.float32, device=self.device
         )
-        self.prompt_kv = [self._no_kv(0, 0) for _ in self.layers]
+        self.prompt_kv = [self._no_kv(0, 0) for _ in self.model.layers]
         self.row_prompts: list[int] = []  # the number of each row's prompt
-        self.kv = [self._no_kv(0, lengths.completion) for _ in self.layers]
+        self.kv = [self._no_kv(0, lengths.completion) for _ in self.model.layers]
         self.positions = self.prompt_lengths  # (R,) of the next token
         self.column = 0  # steps since there was no row, so where the next token is written
         self._arrange(None)
 
     def prefill(self, numbers: Sequence[int], prompts: Sequence[list[int]]) -> None:
-        """See `Decoder.prefill`; prompts are padded on the right."""
-        width = max(len(prompt) for prompt in prompts)
-        # Behind a causal mask no token sees the padding after it: no other mask is needed.
-        ids = torch.tensor([prompt + [0] * (width - len(prompt)) for prompt in prompts])
-        lengths = torch.tensor([len(prompt) for prompt in prompts])
-        ids, lengths = ids.to(self.device), lengths.to(self.device)
-        cos, sin = self.cos[:width, None], self.sin[:width, None]
-        x = self.embed(ids)  # (n, P, hidden)
-        for index, layer in enumerate(self.layers):
-            q, k, v = self._qkv(layer, x, cos, sin)  # (n, P, heads, d)
-            repeats = self.num_heads // self.num_kv_heads
-            attended = F.scaled_dot_product_attention(
-                q.transpose(1, 2),
-                k.repeat_interleave(repeats, dim=2).transpose(1, 2),
-                v.repeat_interleave(repeats, dim=2).transpose(1, 2),
-                is_causal=True,
-                scale=layer.scaling,
-            )
-            x = layer.mlp(x + layer.attention_out(attended.transpose(1, 2).flatten(2)))
+        """See `Decoder.prefill`."""
+
+        def keep(index: int, k: Tensor, v: Tensor) -> None:
             added = torch.stack([k, v]).permute(0, 3, 1, 2, 4).to(self.dtype)  # (2, Hkv, n, P, d)
             self.prompt_kv[index] = _join_columns(self.prompt_kv[index], added)
-        last = x[torch.arange(len(ids), device=self.device), lengths - 1]
-        self.prompts += numbers
-        self.prompt_lengths = torch.cat([self.prompt_lengths, lengths])
-        self.prompt_logits = torch.cat(
-            [self.prompt_logits, self.head(self.final_norm(last)).float()]
-        )
+
+        logits = self.model.run_prompts(prompts, self.cos, self.sin, keep)
+        lengths = [len(prompt) for prompt in prompts]
+        self.prompts.update(zip(numbers, lengths, strict=True))
+        added = torch.tensor(lengths, device=self.device)
+        self.prompt_lengths = torch.cat([self.prompt_lengths, added])
+        self.prompt_logits = torch.cat([self.prompt_logits, logits])
 
     def start(self, numbers: Sequence[int]) -> Tensor:
         """See `Decoder.start`."""
@@ -139,9 +103,9 @@ class FusedDecoder:
         # Rows that have ended may run on for a while.
         positions = self.positions.clamp(max=len(self.cos) - 1)
         cos, sin = self.cos[positions].unsqueeze(1), self.sin[positions].unsqueeze(1)
-        x = self.embed(tokens)  # (R, hidden)
-        for layer, kv, prompt_kv in zip(self.layers, self.kv, self.prompt_kv, strict=True):
-            q, k, v = self._qkv(layer, x, cos, sin)  # (R, heads, d)
+        x = self.model.embed(tokens)  # (R, hidden)
+        for layer, kv, prompt_kv in zip(self.model.layers, self.kv, self.prompt_kv, strict=True):
+            q, k, v = self.model.qkv(layer, x, cos, sin)  # (R, heads, d)
             kv[0, :, :, column] = k.transpose(0, 1)
             kv[1, :, :, column] = v.transpose(0, 1)
             # (Hkv, R, heads of a group, d): the rows of a prompt and their heads lie together.
@@ -150,7 +114,7 @@ class FusedDecoder:
             x = layer.mlp(x + layer.attention_out(attended.transpose(0, 1).flatten(1)))
         self.positions = self.positions + 1
         self.column += 1
-        return self.head(self.final_norm(x)).float()
+        return self.model.head(self.model.final_norm(x)).float()
 
     def keep(self, rows: Sequence[int], prompts: Collection[int]) -> None:
         """See `Decoder.keep`."""
@@ -168,15 +132,19 @@ class FusedDecoder:
         """See `Decoder.num_kv_bytes`."""
         return sum(kv.numel() * kv.element_size() for kv in (*self.kv, *self.prompt_kv))
 
+    def close(self) -> None:
+        """See `Decoder.close`."""
+        self.prompt_kv, self.kv = [], []
+
     def _keep_prompts(self, numbers: set[int]) -> None:
         if numbers == set(self.prompts):
             return
         indices = [i for i, number in enumerate(self.prompts) if number in numbers]
         kept = torch.tensor(indices, dtype=torch.int64, device=self.device)
-        self.prompts = [self.prompts[index] for index in indices]
+        self.prompts = {k: length for k, length in self.prompts.items() if k in numbers}
         self.prompt_lengths = self.prompt_lengths[kept]
         self.prompt_logits = self.prompt_logits[kept]
-        width = int(self.prompt_lengths.max()) if indices else 0
+        width = max(self.prompts.values(), default=0)
         self.prompt_kv = [kv[..., :width, :].index_select(2, kept) for kv in self.prompt_kv]
 
     def _arrange(self, bias: Tensor | None) -> None:
@@ -190,7 +158,7 @@ class FusedDecoder:
         width = self.prompt_kv[0].shape[3]
         columns = torch.arange(width, device=self.device)
         is_padding = columns >= self.prompt_lengths.unsqueeze(1)
-        is_ragged = bool(is_padding.any())
+        is_ragged = any(length < width for length in self.prompts.values())
         hidden = torch.zeros(is_padding.shape, dtype=torch.float32, device=self.device)
         hidden = hidden.masked_fill(is_padding, -torch.inf)
         self.prompt_bias = hidden[:, None] if is_ragged else None  # (prompts, 1, P)
@@ -245,17 +213,6 @@ class FusedDecoder:
         if self.row_of_slot is not None:
             shared = shared.index_select(1, self.slot_of_row)
         return shared + weights[..., width:] @ kv[1]
-
-    def _qkv(
-        self, layer: FusedLayer, x: Tensor, cos: Tensor, sin: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values (..., heads, d) of hidden states (..., hidden)."""
-        qkv = layer.qkv(layer.input_norm(x)).unflatten(-1, (-1, self.head_dim))
-        num_rotated = self.num_heads + self.num_kv_heads
-        qk = layer.qk_norm(qkv[..., :num_rotated, :])
-        # The signs of rotate_half are in the table of sines.
-        qk = torch.addcmul(qk * cos, qk.roll(self.head_dim // 2, -1), sin)
-        return qk[..., : self.num_heads, :], qk[..., self.num_heads :, :], qkv[..., num_rotated:, :]
 
     def _no_kv(self, num_rows: int, width: int) -> Tensor:
         """Zeros (2, Hkv, rows, width, d): a column that is hidden must be finite all the same."""

@@ -1,67 +1,57 @@
-"""The weights of Llama-shaped models in the form in which the fused decoder applies them."""
+"""The weights of linear layers and norms in the form in which the fused decoders apply them.
+
+A linear layer with LoRA adapters is its base, and the adapters beside it in their own type: they
+are never added to weights of fewer bits, in which a small change would be lost.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
-from transformers import (
-    LlamaForCausalLM,
-    MistralForCausalLM,
-    PreTrainedModel,
-    Qwen2ForCausalLM,
-    Qwen3ForCausalLM,
-)
 
-_ARCHITECTURES = (LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM)
-# These turn with the length of the batch, so that there is no table for them.
-_MOVING_ROPE = ("dynamic", "longrope")
 Apply = Callable[[Tensor], Tensor]
 
 
-class FusedLayer(NamedTuple):
-    """One decoder layer, ready to be applied."""
+class HeldWeights:
+    """The tensors of a fused model, which keep their places when they are taken again.
 
-    input_norm: Apply
-    qkv: Apply
-    qk_norm: Apply
-    """Of queries and keys together, (..., heads, d)."""
-    attention_out: Apply
-    scaling: float
-    mlp_norm: Apply
-    gate_up: Apply
-    activation: Apply
-    mlp_out: Apply
-
-    def mlp(self, x: Tensor) -> Tensor:
-        """Add the feed-forward part to hidden states (..., hidden)."""
-        gate, up = self.gate_up(self.mlp_norm(x)).chunk(2, dim=-1)
-        return x + self.mlp_out(self.activation(gate) * up)
-
-
-def refuse_unsupported(model: PreTrainedModel) -> None:
-    """Refuse a model that the fused decoder does not cover.
-
-    Args:
-        model: the transformers model.
-
-    Raises:
-        NotImplementedError: another architecture, or an option of one that is not covered.
+    A step that was captured reads from these places: with new values in them it needs no other
+    capture. Copied are only weights that are joined or cast; the others are the model's own.
     """
-    if type(model) not in _ARCHITECTURES:
-        raise NotImplementedError(f"{type(model).__name__} has no fused decoder")
-    config: Any = model.config
-    layer_types = getattr(config, "layer_types", None)
-    window = getattr(config, "sliding_window", None)
-    slides = window is not None if layer_types is None else "sliding_attention" in layer_types
-    if slides and window < config.max_position_embeddings:
-        raise NotImplementedError("a sliding window has no fused decoder")
-    body: Any = model.model
-    if body.rotary_emb.rope_type in _MOVING_ROPE:
-        raise NotImplementedError(f"rope {body.rotary_emb.rope_type} has no fused decoder")
+
+    def __init__(self) -> None:
+        self.tensors: dict[str, Tensor] = {}
+        self.copies: dict[str, Tensor] = {}
+
+    def join(self, name: str, parts: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+        """Several tensors one below the other, in the place that they had before if there is one.
+
+        Args:
+            name: of the result.
+            parts: (rows, ...) each.
+            dtype: of the result.
+        """
+        parts = [part.detach() for part in parts]
+        if len(parts) == 1 and parts[0].dtype == dtype:
+            self.tensors[name] = parts[0]
+            return parts[0]
+        shape = (sum(len(part) for part in parts), *parts[0].shape[1:])
+        copy = self.copies.get(name)
+        if copy is None or (copy.shape, copy.dtype) != (shape, dtype):
+            copy = torch.empty(shape, dtype=dtype, device=parts[0].device)
+        for place, part in zip(copy.split([len(part) for part in parts]), parts, strict=True):
+            place.copy_(part)
+        self.tensors[name] = self.copies[name] = copy
+        return copy
+
+    def addresses(self) -> dict[str, int]:
+        """Where each tensor lies."""
+        return {name: tensor.data_ptr() for name, tensor in self.tensors.items()}
 
 
 def compute_dtype(weight: Tensor) -> torch.dtype:
@@ -71,95 +61,88 @@ def compute_dtype(weight: Tensor) -> torch.dtype:
     return weight.dtype
 
 
-def fused_layer(layer: Any, num_heads: int, num_kv_heads: int) -> FusedLayer:
-    """Take the weights of a decoder layer as they are now.
-
-    Args:
-        layer: of one of the architectures.
-        num_heads: H, of queries.
-        num_kv_heads: of keys and values.
-
-    Returns:
-        The layer; query, key and value weights are copies, and so are those of gate and up.
-    """
-    attention, mlp = layer.self_attn, layer.mlp
-    return FusedLayer(
-        input_norm=fused_norm(layer.input_layernorm),
-        qkv=fused_linear([attention.q_proj, attention.k_proj, attention.v_proj]),
-        qk_norm=_qk_norm(attention, num_heads, num_kv_heads),
-        attention_out=fused_linear([attention.o_proj]),
-        scaling=attention.scaling,
-        mlp_norm=fused_norm(layer.post_attention_layernorm),
-        gate_up=fused_linear([mlp.gate_proj, mlp.up_proj]),
-        activation=mlp.act_fn,
-        mlp_out=fused_linear([mlp.down_proj]),
-    )
-
-
-def fused_linear(modules: list[Any], num_outputs: int | None = None) -> Apply:
+def fused_linear(
+    modules: list[Any], held: HeldWeights, name: str, num_outputs: int | None = None
+) -> Apply:
     """Several linear layers of one input as one, their outputs side by side.
 
     Args:
-        modules: at least one; others than nn.Linear are called one after the other.
+        modules: at least one; nn.Linear, also with LoRA adapters beside it. Others are called one
+            after the other.
+        held: takes the weights.
+        name: of the weights.
         num_outputs: leave the outputs past these out.
 
     Returns:
         The function from (..., in) to (..., out).
     """
-    if any(type(module) is not nn.Linear for module in modules):
-        return lambda x: torch.cat([module(x) for module in modules], dim=-1)[..., :num_outputs]
+    bases = [_base(module) for module in modules]
+    if any(base is None for base in bases):
+        apply = called_as_is(modules, held, name)
+        return lambda x: apply(x)[..., :num_outputs]
     # One type for all of the rollout: autocast would cast the weights again at every token.
-    dtype = compute_dtype(modules[0].weight)
-    parts = [module.weight.detach().to(dtype) for module in modules]
-    weight = (torch.cat(parts) if len(parts) > 1 else parts[0])[:num_outputs]
+    dtype = compute_dtype(bases[0].weight)
+    weight = held.join(f"{name}.weight", [base.weight for base in bases], dtype)[:num_outputs]
     bias = None
-    if any(module.bias is not None for module in modules):
-        biases = [
-            weight.new_zeros(len(module.weight)) if module.bias is None else module.bias.detach()
-            for module in modules
-        ]
-        bias = torch.cat(biases).to(dtype)[:num_outputs]
-    return lambda x: F.linear(x, weight, bias)
+    if any(base.bias is not None for base in bases):
+        biases = [weight.new_zeros(len(b.weight)) if b.bias is None else b.bias for b in bases]
+        bias = held.join(f"{name}.bias", biases, dtype)[:num_outputs]
+    adapters = _adapters(modules, held, name)
+    if not adapters:
+        return lambda x: F.linear(x, weight, bias)
+
+    def with_adapters(x: Tensor) -> Tensor:
+        y = F.linear(x, weight, bias)
+        for columns, add in adapters:
+            y[..., columns] += add(x)[..., : len(weight) - columns.start]
+        return y
+
+    return with_adapters
 
 
-def fused_norm(module: Any) -> Apply:
+def _base(module: Any) -> Any:
+    """The nn.Linear that a module is, but for adapters; None for any other module."""
+    if type(module) is LoraLinear and not module.lora_variant and not module.merged:
+        module = module.base_layer
+    return module if type(module) is nn.Linear else None
+
+
+def _adapters(modules: list[Any], held: HeldWeights, name: str) -> list[tuple[slice, Apply]]:
+    """Output columns, and what an adapter that is in use adds to them."""
+    found = []
+    start = 0
+    for index, module in enumerate(modules):
+        columns = slice(start, start + module.out_features)
+        start = columns.stop
+        if type(module) is nn.Linear or module.disable_adapters:
+            continue
+        for adapter in module.active_adapters:
+            if adapter in module.lora_A:
+                place = f"{name}.{index}.{adapter}"
+                found.append((columns, _side_adapter(module, adapter, held, place)))
+    return found
+
+
+def _side_adapter(module: Any, adapter: str, held: HeldWeights, name: str) -> Apply:
+    dtype = compute_dtype(module.lora_A[adapter].weight)
+    down = fused_linear([module.lora_A[adapter]], held, f"{name}.down")
+    up = fused_linear([module.lora_B[adapter]], held, f"{name}.up")
+    scaling = module.scaling[adapter]
+    return lambda x: up(down(x.to(dtype))) * scaling
+
+
+def called_as_is(modules: list[Any], held: HeldWeights, name: str) -> Apply:
+    """Modules called as they are, their outputs side by side."""
+    for index, module in enumerate(modules):
+        for key, tensor in [*module.named_parameters(), *module.named_buffers()]:
+            held.tensors[f"{name}.{index}.{key}"] = tensor.detach()
+    if len(modules) == 1:
+        return modules[0]  # type: ignore[no-any-return]
+    return lambda x: torch.cat([module(x) for module in modules], dim=-1)
+
+
+def fused_norm(module: Any, held: HeldWeights, name: str) -> Apply:
     """An RMSNorm as one operation."""
-    weight, eps = module.weight.detach(), module.variance_epsilon
+    weight = held.join(name, [module.weight], module.weight.dtype)
+    eps = module.variance_epsilon
     return lambda x: F.rms_norm(x, weight.shape, weight, eps)
-
-
-def _qk_norm(attention: Any, num_heads: int, num_kv_heads: int) -> Apply:
-    if not hasattr(attention, "q_norm"):
-        return lambda x: x
-    eps, size = attention.q_norm.variance_epsilon, attention.head_dim
-    weight = torch.cat(
-        [
-            attention.q_norm.weight.detach().expand(num_heads, size),
-            attention.k_norm.weight.detach().expand(num_kv_heads, size),
-        ]
-    )
-    return lambda x: F.rms_norm(x, (size,), eps=eps) * weight
-
-
-def rope_tables(model: PreTrainedModel, num_positions: int) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of every position, from the model's own rotary module.
-
-    Args:
-        model: of one of the architectures.
-        num_positions: of the longest sequence.
-
-    Returns:
-        cos and sin (positions, d); the first half of the sines is negated, so that
-        x * cos + roll(x, d / 2) * sin rotates.
-
-    Raises:
-        NotImplementedError: only a part of each head is rotated.
-    """
-    body: Any = model.model
-    weight = body.embed_tokens.weight
-    positions = torch.arange(num_positions, device=weight.device)[None]
-    cos, sin = body.rotary_emb(weight, positions)
-    if cos.shape[-1] != body.layers[0].self_attn.head_dim:
-        raise NotImplementedError("rope on a part of each head has no fused decoder")
-    half = sin.shape[-1] // 2
-    return cos[0], torch.cat([-sin[0, :, :half], sin[0, :, half:]], dim=-1)

@@ -18,11 +18,15 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lightning_grpo.generation.cached_decoder import CachedDecoder
-from lightning_grpo.generation.decode_loop import DecodeLoop, Ending
-from lightning_grpo.generation.decoder import Lengths, MakeDecoder, RolloutCounts
+from lightning_grpo.generation.decode_loop import DecodeLoop
+from lightning_grpo.generation.decoder import Decoder, Lengths, MakeDecoder, RolloutCounts
+from lightning_grpo.generation.drawn_rows import Ending
 from lightning_grpo.generation.fused_decoder import FusedDecoder
+from lightning_grpo.generation.pooled_decoder import PooledDecoder
 from lightning_grpo.generation.protocol import OnFinished, Sampling, SamplingKey, per_prompt
+from lightning_grpo.generation.steps import CudaCapture
 from lightning_grpo.generation.transformers_engine import TransformersEngine, left_pad
+from lightning_grpo.kernels import has_triton
 from lightning_grpo.logprobs import token_logprobs
 from lightning_grpo.masking import position_ids
 from lightning_grpo.policy import Policy
@@ -34,6 +38,28 @@ _TOLERANCE = 1e-4
 _TOLERANCE_SHORT = 0.3
 _CHECKED_PROMPTS = 3
 _CHECKED_TOKENS = 32
+# Of the memory of a GPU, what keys and values may hold between two rollouts.
+_KEPT_SHARE = 1 / 8
+
+
+def decoders_for(device: torch.device) -> dict[str, MakeDecoder]:
+    """Decoders by name, the one for speed first.
+
+    Args:
+        device: of the policy. On a CUDA GPU steps are captured, with a Triton kernel for the
+            attention where there is Triton.
+    """
+    plain: dict[str, MakeDecoder] = {"fused": FusedDecoder, "cached": CachedDecoder}
+    if device.type != "cuda":
+        return plain
+    most = torch.cuda.get_device_properties(device).total_memory * _KEPT_SHARE
+    captured = {"captured": PooledDecoder(CudaCapture(), max_kept_bytes=most).begin}
+    if has_triton():
+        from lightning_grpo.kernels.triton_attention import kernel_attention
+
+        kernels = PooledDecoder(CudaCapture(), kernel_attention, max_kept_bytes=most)
+        captured = {"captured-kernels": kernels.begin, **captured}
+    return captured | plain
 
 
 class NativeEngine:
@@ -44,7 +70,7 @@ class NativeEngine:
         tokenizer: for stop strings and the padding id.
         eos_token_ids: every id that ends a completion.
         max_rows: rows decoded at a time; 0 decodes all at once.
-        decoders: by name, in the order in which they are tried.
+        decoders: by name, in the order in which they are tried; None for those of the device.
         first_decoder: the one that is tried before these, since a run began with it; transformers
             tries none.
     """
@@ -63,12 +89,17 @@ class NativeEngine:
         self.eos_token_ids = list(eos_token_ids)
         self.max_rows = max_rows
         self.fallback = TransformersEngine(policy, tokenizer, eos_token_ids, max_rows=max_rows)
-        self.decoders = decoders or {"fused": FusedDecoder, "cached": CachedDecoder}
+        self.decoders = dict(decoders or decoders_for(policy.device))
         self.first_decoder = first_decoder
         self.decoder_name: str | None = None
         """The decoder that passed the check, "transformers" when none did, None before it."""
         self.counts = RolloutCounts()
         """Of the last rollout; all zero when the transformers engine made it."""
+
+    @property
+    def decoder_names(self) -> list[str]:
+        """In the order in which they are tried, and "transformers" for none of them."""
+        return [*sorted(self.decoders, key=lambda name: name != self.first_decoder), "transformers"]
 
     @torch.no_grad()
     def generate(
@@ -126,55 +157,72 @@ class NativeEngine:
             self.fallback.stop_criteria(sampler.common),
             self.fallback.pad_token_id,
         )
-        return DecodeLoop(
-            make_decoder(model, lengths),
-            prompts,
-            sampler,
-            group_size,
-            key=key,
-            ending=ending,
-            num_tokens=num_tokens,
-            device=self.policy.device,
-            counts=counts,
-            max_rows=self.max_rows,
-            on_finished=on_finished,
-        ).run()
+        decoder = make_decoder(model, lengths)
+        num_captures = decoder.steps.num_captures
+        try:
+            return DecodeLoop(
+                decoder,
+                prompts,
+                sampler,
+                group_size,
+                key=key,
+                ending=ending,
+                num_tokens=num_tokens,
+                device=self.policy.device,
+                counts=counts,
+                max_rows=self.max_rows,
+                on_finished=on_finished,
+            ).run()
+        finally:
+            counts.num_captures = decoder.steps.num_captures - num_captures
+            decoder.close()
 
     def _choose(
         self, model: PreTrainedModel, prompts: PromptBatch, samplings: Sequence[Sampling]
     ) -> str:
-        """The first decoder whose log-probs are those of the model."""
+        """The first decoder whose log-probs are those of the model; those that fail are dropped."""
         reasons: list[str] = []
+        failures: list[str] = []
         first = self.first_decoder
         if first == "transformers":
             return first
         if first is not None and first not in self.decoders:
             reasons.append(f"{first}: there is no such decoder here")
-        for name in sorted(self.decoders, key=lambda name: name != first):
-            make_decoder = self.decoders[name]
+        for name in self.decoder_names[:-1]:
             try:
-                difference = self._difference(make_decoder, model, prompts, samplings)
+                difference = self._difference(self.decoders[name], model, prompts, samplings)
             except NotImplementedError as error:
                 reasons.append(f"{name}: {error}")
-                continue
             except Exception as error:  # how a model's own code fails is up to that code
-                reasons.append(f"{name}: {type(error).__name__}: {error}")
-                continue
-            if difference <= self._tolerance():
-                if first not in (None, name):
-                    warnings.warn(
-                        f"the decoder of the run that is resumed does not work here, {name} takes "
-                        f"its place, and not to the same bits ({'; '.join(reasons)})",
-                        stacklevel=2,
-                    )
-                return name
-            reasons.append(f"{name}: its log-probs are off by {difference:.2g}")
+                failures.append(f"{name}: {type(error).__name__}: {error}")
+            else:
+                if difference <= self._tolerance():
+                    self._say_what_failed(name, reasons, failures)
+                    return name
+                failures.append(f"{name}: its log-probs are off by {difference:.2g}")
+            self.decoders[name] = _no_decoder  # lets go of what the other holds
+        reasons += failures
         warnings.warn(
             f"rollout.engine native does not cover {type(model).__name__}, the transformers "
             f"engine does its work ({'; '.join(reasons)})",
             stacklevel=2,
         )
         return "transformers"
+
+    def _say_what_failed(self, name: str, reasons: list[str], failures: list[str]) -> None:
+        """Warn that another decoder would have been better, if so."""
+        if self.first_decoder not in (None, name):
+            warnings.warn(
+                f"the decoder of the run that is resumed does not work here, {name} takes "
+                f"its place, and not to the same bits ({'; '.join(reasons + failures)})",
+                stacklevel=2,
+            )
+        elif failures:
+            warnings.warn(
+                f"rollout.engine native decodes {name}, which may be slower "
+                f"({'; '.join(failures)})",
+                stacklevel=2,
+            )
 
     def _difference(
         self,
@@ -247,3 +295,7 @@ class NativeEngine:
         # On a GPU this setting allows matrix products with fewer bits.
         is_short |= device.type != "cpu" and torch.get_float32_matmul_precision() != "highest"
         return _TOLERANCE_SHORT if is_short else _TOLERANCE
+
+
+def _no_decoder(model: PreTrainedModel, lengths: Lengths) -> Decoder:
+    raise NotImplementedError("it has failed its check")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 
 import torch
 from torch import Tensor
@@ -69,6 +70,22 @@ class TokenSampler:
         self.before, self.last = ids[:, :-1], ids[:, -1]  # (S, W) and (S,) of the bad sequences
         self.eos = torch.tensor(eos, dtype=torch.int64, device=device)
 
+    @property
+    def kind(self) -> tuple[object, ...]:
+        """What a draw depends on besides tensors."""
+        common = {k: v for k, v in asdict(self.common).items() if k not in self.own}
+        sizes = self.max_completion_tokens, self.before.shape, self.eos.shape
+        return (common, *self.own, self.truncates, *sizes)
+
+    def move(self, hold: Callable[[str, Tensor], Tensor]) -> None:
+        """Let `draw` read what all rows share from other places.
+
+        Args:
+            hold: gives a tensor of the same values for a name and a tensor.
+        """
+        for name in ("before", "last", "eos"):
+            setattr(self, name, hold(f"sampler.{name}", getattr(self, name)))
+
     def draw(
         self,
         logits: Tensor,
@@ -117,9 +134,10 @@ class TokenSampler:
         is_short = torch.as_tensor(drawn + 1 < least, device=logits.device)
         is_short = is_short.reshape(-1, 1).expand(num_rows, len(self.eos))
         tokens = torch.cat([self.last, self.eos]).expand(num_rows, -1)
-        ceiling = torch.where(torch.cat([is_bad, is_short], dim=1), -torch.inf, torch.inf)
+        is_never = torch.cat([is_bad, is_short], dim=1)
+        ceiling = logits.new_full(tokens.shape, torch.inf).masked_fill(is_never, -torch.inf)
         # The least over all that have something to say of a token.
-        return logits.scatter_reduce(1, tokens, ceiling.to(logits.dtype), "amin")
+        return logits.scatter_reduce(1, tokens, ceiling, "amin")
 
 
 def bad_sequences(words: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:

@@ -14,7 +14,8 @@ import torch
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from lightning_grpo.generation.decode_loop import _COMPACT_BELOW, _MAX_PREFILL_TOKENS
-from lightning_grpo.generation.fused_weights import fused_layer, fused_linear, refuse_unsupported
+from lightning_grpo.generation.fused_model import fused_layer, refuse_unsupported
+from lightning_grpo.generation.fused_weights import HeldWeights, fused_linear
 from lightning_grpo.generation.protocol import Sampling
 from lightning_grpo.generation.sampling import sample_tokens
 from lightning_grpo.memory.activations import (
@@ -180,9 +181,11 @@ def _fused_passes(spec: ModelSpec, shape: RolloutShape, num_kv_heads: int) -> _F
     dtype = model.model.embed_tokens.weight.dtype
     sizes = shape.num_prefilled, shape.num_prompt, spec.hidden_size
     with fakes.mode, torch.no_grad(), LiveBytes(model) as live, autocast(shape.is_autocast):
-        layer = fused_layer(model.model.layers[0], model.config.num_attention_heads, num_kv_heads)
+        held = HeldWeights()
+        num_heads = model.config.num_attention_heads
+        layer = fused_layer(model.model.layers[0], num_heads, num_kv_heads, held, "layer")
         layer_copies = live.now
-        head = fused_linear([model.get_output_embeddings()], num_outputs=num_tokens)
+        head = fused_linear([model.get_output_embeddings()], held, "head", num_outputs=num_tokens)
         head_copies = live.now - layer_copies
         before = live.peak = live.now
         layer.mlp(torch.zeros(sizes, dtype=dtype) + torch.zeros(sizes, dtype=dtype))
