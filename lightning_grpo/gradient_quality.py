@@ -36,7 +36,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_grpo.gradient_sums import PairSums
+from lightning_grpo.gradient_sums import PairSums, without_each_block
 from lightning_grpo.intervals import Interval, check_level, jackknife_interval
 
 _ANYTHING = Interval(-math.inf, math.inf)
@@ -105,7 +105,8 @@ def gradient_quality(
 
     Q = <m, mu>^2 / (|mu|^2 (E|x|^2 / N + (1 - 1 / N) |m|^2))
 
-    Source: own; see the head of this module. The intervals are a jackknife over blocks of prompts.
+    Source: own; see the head of this module. A jackknife over blocks of prompts gives the
+    intervals, and takes the bias of a ratio off the cosine.
 
     Args:
         pairs: sums over the pairs of measured prompts, of all ranks.
@@ -124,12 +125,10 @@ def gradient_quality(
     arms = {}
     for a, arm in enumerate(pairs.arms if not reason else ()):
         alignment, mean_square = moments.alignment[a], moments.mean_square[a]
-        cosine = alignment / (moments.signal * mean_square).sqrt()
-        low, high = jackknife_interval(cosine[0], cosine[1:], level=level)
-        best = min(max(float(cosine[0]), 0.0), 1.0) if cosine[0].isfinite() else math.nan
+        cosine, (low, high) = _jackknife(alignment / (moments.signal * mean_square).sqrt(), level)
         arms[arm] = ArmQuality(
-            quality=best**2,
-            interval=Interval(min(max(low, 0.0), 1.0) ** 2, min(max(high, 0.0), 1.0) ** 2),
+            quality=math.nan if math.isnan(cosine) else _squared_cosine(cosine),
+            interval=Interval(_squared_cosine(low), _squared_cosine(high)),
             alignment=float(alignment[0]),
             mean_square=float(mean_square[0]),
         )
@@ -153,8 +152,8 @@ def quality_ratio(
     What the noise of mu does to both arms cancels, here and in the interval, for which both are
     left without the same block of prompts.
 
-    Source: own; the interval is a jackknife over blocks of prompts of the ratio of cosines, whose
-    logarithm does not exist where an arm points away from mu: such an end is infinite.
+    Source: own; a jackknife over blocks of prompts of the ratio of the cosines, which takes off its
+    bias. Where an arm points away from mu the logarithm does not exist: such an end is infinite.
 
     Args:
         pairs: as for `gradient_quality`.
@@ -182,10 +181,10 @@ def quality_ratio(
         return QualityRatio(math.nan, _ANYTHING, reason)
     ratio = moments.alignment[a] / base
     ratio = ratio * (moments.mean_square[b] / moments.mean_square[a]).sqrt()
-    low, high = jackknife_interval(ratio[0], ratio[1:], level=level)
-    return QualityRatio(
-        _log_square(float(ratio[0])), Interval(_log_square(low), _log_square(high)), ""
-    )
+    best, (low, high) = _jackknife(ratio, level)
+    if math.isnan(best):
+        return QualityRatio(math.nan, _ANYTHING, f"the ratio is {_not_measurable(pairs)}")
+    return QualityRatio(_log_square(best), Interval(_log_square(low), _log_square(high)), "")
 
 
 def _moments(pairs: PairSums, num_batch_prompts: float, level: float) -> _Moments:
@@ -193,25 +192,25 @@ def _moments(pairs: PairSums, num_batch_prompts: float, level: float) -> _Moment
     if not num_batch_prompts > 0:
         raise ValueError(f"num_batch_prompts is {num_batch_prompts}; it must be positive")
     used = pairs.num_prompts > 0
-    num_pairs = _left_out(pairs.num_norm, used)
-    square = _left_out(pairs.squares.diag_embed(), used) / _left_out(
+    num_pairs = without_each_block(pairs.num_norm, used)
+    square = without_each_block(pairs.squares.diag_embed(), used) / without_each_block(
         pairs.num_prompts.diag_embed(), used
     )
-    norm = _left_out(pairs.norm, used) / num_pairs
+    norm = without_each_block(pairs.norm, used) / num_pairs
     share = 1 / num_batch_prompts
     return _Moments(
         signal=norm[0],
-        alignment=_left_out(pairs.alignment, used) / _left_out(pairs.num_alignment, used),
+        alignment=without_each_block(pairs.alignment, used) / without_each_block(pairs.num_alignment, used),
         mean_square=square * share + norm * (1 - share),
     )
 
 
-def _left_out(sums: Tensor, used: Tensor) -> Tensor:
-    """(..., 1 + K): the sum of (..., K, K) over all pairs of blocks, and without each used one."""
-    total = sums.sum((-2, -1)).unsqueeze(-1)
-    own = sums.diagonal(dim1=-2, dim2=-1)
-    without = total - sums.sum(-1) - sums.sum(-2) + own
-    return torch.cat([total, without[..., used]], dim=-1)
+def _jackknife(values: Tensor, level: float) -> tuple[float, Interval]:
+    """A ratio without the bias of order 1 / K that ratios have, and its interval; or NaN."""
+    whole, left_out = values[0], values[1:]
+    num_blocks = len(left_out)
+    corrected = num_blocks * whole - (num_blocks - 1) * left_out.mean()
+    return float(corrected), jackknife_interval(corrected, left_out, level=level)
 
 
 def _missing_signal(pairs: PairSums, moments: _Moments, level: float) -> tuple[str, Interval]:
@@ -223,6 +222,10 @@ def _missing_signal(pairs: PairSums, moments: _Moments, level: float) -> tuple[s
 
 def _not_measurable(pairs: PairSums) -> str:
     return f"not measurable with {int(pairs.num_prompts.sum())} prompts"
+
+
+def _squared_cosine(cosine: float) -> float:
+    return min(max(cosine, 0.0), 1.0) ** 2
 
 
 def _log_square(ratio: float) -> float:

@@ -116,13 +116,16 @@ class GradientAccumulator:
         return len(self._num_now)
 
     @torch.no_grad()
-    def add(self, gradients: Mapping[str, Tensor]) -> None:
+    def add(self, gradients: Mapping[str, Tensor]) -> Tensor:
         """Add one prompt, or a few, each to the next block.
 
         Args:
             gradients: of each arm, (D,) or (n, D): what the prompt adds to the gradient of the
                 arm's loss at ratio 1, over all its completions and with the weights of that loss;
                 zeros for a dead group. The scale may differ between arms, and not within one.
+
+        Returns:
+            (n,) int64, the block of each prompt.
 
         Raises:
             ValueError: an arm is missing or unknown, shapes differ, or a gradient is not finite.
@@ -137,6 +140,7 @@ class GradientAccumulator:
             self._own_alignment[a].index_add_(0, blocks, _row_products(x, rows[0]))
         self._num_now.index_add_(0, blocks, torch.ones(len(blocks), dtype=torch.float64))
         self.next_block = (self.next_block + len(blocks)) % self.num_blocks
+        return blocks
 
     @torch.no_grad()
     def end_fold(self, sum_over_ranks: SumOverRanks = lambda tensor: tensor) -> None:
@@ -221,7 +225,7 @@ class GradientAccumulator:
         if now is None:
             raise RuntimeError("no prompt was added since the last end, on this rank")
         for name in ("_num_now", "_squares", "_own_alignment"):
-            setattr(self, name, sum_over_ranks(getattr(self, name)))
+            setattr(self, name, sum_over_ranks(getattr(self, name)).cpu())
         for a in range(len(self.arms)):
             now[a] = sum_over_ranks(now[a]).to(now)  # one arm at a time, for what a sum itself takes
         for a in range(len(self.arms)):
@@ -254,6 +258,22 @@ class GradientAccumulator:
         if not bool(rows.isfinite().all()):
             raise ValueError("a gradient is not finite; leave the prompt out")
         return rows
+
+
+def without_each_block(sums: Tensor, is_used: Tensor) -> Tensor:
+    """Sums over all pairs, and over those without one block of prompts each, for a jackknife.
+
+    Args:
+        sums: (..., K, K) by the blocks of the two prompts.
+        is_used: (K,) bool, the blocks that have prompts; L of them.
+
+    Returns:
+        (..., 1 + L).
+    """
+    total = sums.sum((-2, -1)).unsqueeze(-1)
+    own = sums.diagonal(dim1=-2, dim2=-1)
+    without = total - sums.sum(-1) - sums.sum(-2) + own
+    return torch.cat([total, without[..., is_used]], dim=-1)
 
 
 def _products(x: Tensor, y: Tensor) -> Tensor:
