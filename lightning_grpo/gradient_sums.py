@@ -29,7 +29,7 @@ from torch import Tensor
 
 from lightning_grpo.types import SumOverRanks
 
-_NUM_COLUMNS = 1 << 20  # converted to float64 at a time
+_NUM_COLUMNS = 1 << 16  # converted to float64 at a time
 
 
 @dataclass
@@ -134,10 +134,9 @@ class GradientAccumulator:
         blocks = (self.next_block + torch.arange(rows.shape[1])) % self.num_blocks
         if self._now is None:
             self._now = rows.new_zeros(len(self.arms), self.num_blocks, rows.shape[2])
-        for a, x in enumerate(rows):
-            self._now[a].index_add_(0, blocks.to(rows.device), x)
-            self._squares[a].index_add_(0, blocks, _row_products(x, x))
-            self._own_alignment[a].index_add_(0, blocks, _row_products(x, rows[0]))
+        self._now.index_add_(1, blocks.to(rows.device), rows)
+        self._squares.index_add_(1, blocks, _own_products(rows, rows))
+        self._own_alignment.index_add_(1, blocks, _own_products(rows, rows[:1]))
         self._num_now.index_add_(0, blocks, torch.ones(len(blocks), dtype=torch.float64))
         self.next_block = (self.next_block + len(blocks)) % self.num_blocks
         return blocks
@@ -167,10 +166,9 @@ class GradientAccumulator:
         now, earlier, pairs = self._now, self._earlier, self.pairs
         assert now is not None
         if earlier is not None:
-            for a in range(len(self.arms)):
-                pairs.alignment[a] += _products(earlier[a], now[0])
-                across = _products(earlier[a], now[a])
-                pairs.norm[a] += across + across.T
+            pairs.alignment += _products(earlier, now[:1])
+            across = _products(earlier, now)
+            pairs.norm += across + across.mT
             num_across = torch.outer(self._num_earlier, self._num_now)
             pairs.num_alignment += num_across
             pairs.num_norm += num_across + num_across.T
@@ -228,10 +226,8 @@ class GradientAccumulator:
             setattr(self, name, sum_over_ranks(getattr(self, name)).cpu())
         for a in range(len(self.arms)):
             now[a] = sum_over_ranks(now[a]).to(now)  # one arm at a time, for what a sum itself takes
-        for a in range(len(self.arms)):
-            alignment, norm = _products(now[a], now[0]), _products(now[a], now[a])
-            pairs.alignment[a] += alignment - torch.diag(self._own_alignment[a])
-            pairs.norm[a] += norm - torch.diag(self._squares[a])
+        pairs.alignment += _products(now, now[:1]) - self._own_alignment.diag_embed()
+        pairs.norm += _products(now, now) - self._squares.diag_embed()
         num_pairs = torch.outer(self._num_now, self._num_now) - torch.diag(self._num_now)
         pairs.num_alignment += num_pairs
         pairs.num_norm += num_pairs
@@ -277,13 +273,16 @@ def without_each_block(sums: Tensor, is_used: Tensor) -> Tensor:
 
 
 def _products(x: Tensor, y: Tensor) -> Tensor:
-    """(K, K) inner products of all rows, in float64 whatever the gradients are in, on the CPU."""
-    chunks = zip(x.split(_NUM_COLUMNS, dim=1), y.split(_NUM_COLUMNS, dim=1), strict=True)
-    return sum((a.double() @ b.double().T for a, b in chunks), x.new_zeros(()).double()).cpu()
+    """(A, K, K) of (A, K, D) and (A or 1, K, D), in float64 whatever they are in, on the CPU."""
+    chunks = zip(x.split(_NUM_COLUMNS, dim=2), y.split(_NUM_COLUMNS, dim=2), strict=True)
+    return sum((a.double() @ b.double().mT for a, b in chunks), _zero(x)).cpu()
 
 
-def _row_products(x: Tensor, y: Tensor) -> Tensor:
-    """(n,) inner products of the rows, in float64, on the CPU."""
-    chunks = zip(x.split(_NUM_COLUMNS, dim=1), y.split(_NUM_COLUMNS, dim=1), strict=True)
-    products = ((a.double() * b.double()).sum(dim=1) for a, b in chunks)
-    return sum(products, x.new_zeros(()).double()).cpu()
+def _own_products(x: Tensor, y: Tensor) -> Tensor:
+    """(A, n) of (A, n, D) and (A or 1, n, D), row by row, in float64, on the CPU."""
+    chunks = zip(x.split(_NUM_COLUMNS, dim=2), y.split(_NUM_COLUMNS, dim=2), strict=True)
+    return sum(((a.double() * b.double()).sum(dim=2) for a, b in chunks), _zero(x)).cpu()
+
+
+def _zero(x: Tensor) -> Tensor:
+    return torch.zeros((), dtype=torch.float64, device=x.device)

@@ -70,10 +70,10 @@ def standard_errors(values, exact):
 
 @cache
 def many_draws():
-    """2,000 draws of 12 prompts: mean of the pairs in each, and all pairs together."""
+    """1,000 draws of 12 prompts: mean of the pairs in each, and all pairs together."""
     generator = torch.Generator().manual_seed(3)
     means, total = [], PairSums.empty(ARMS, 16)
-    for _ in range(2000):
+    for _ in range(1000):
         pairs = drawn_pairs(generator, 12)
         means.append(
             torch.stack(
@@ -124,11 +124,11 @@ def test_quality_and_its_ratio_are_those_of_the_enumeration(num_batch_prompts):
     _, total = many_draws()
     # The normal quantile of this level is 3: within three standard errors.
     found = gradient_quality(total, num_batch_prompts=num_batch_prompts, level=0.9973)
-    assert (found.num_prompts, found.reason) == (24_000, "")
+    assert (found.num_prompts, found.reason) == (12_000, "")
     for arm in ARMS:
         exact = exact_quality(arm, num_batch_prompts)
         low, high = found.arms[arm].interval
-        assert low - 1e-12 <= exact <= high and high - low < 0.06
+        assert low - 1e-12 <= exact <= high + 1e-12 and high - low < 0.1
         log_ratio = math.log(exact / exact_quality("grpo", num_batch_prompts))
         ratio = quality_ratio(
             total, arm, "grpo", num_batch_prompts=num_batch_prompts, level=0.9973
@@ -158,7 +158,7 @@ def test_the_mean_of_a_naive_bootstrap_is_seen_to_be_wrong():
 
     exact = policy.true_gradient.square().sum()
     assert standard_errors(signal(h), exact) < 3
-    assert standard_errors(signal(resampled), exact) > 10
+    assert standard_errors(signal(resampled), exact) > 6
 
 
 def test_a_true_gradient_from_divided_advantages_is_seen_to_be_wrong():
@@ -178,19 +178,24 @@ def test_a_true_gradient_from_divided_advantages_is_seen_to_be_wrong():
 # Critics that learn from what is measured
 
 
-def critic_draws(seed, num_draws, plan):
-    """Estimates less exact values, (draws, 2) of <m, mu> and |m|^2, of critics that are fitted.
+def critic_draws(plan, gae_lambda):
+    """Estimates less exact values, (400, 2) of <m, mu> and |m|^2, of critics that are fitted.
 
-    `plan(sums, fit, gradients)` gets three batches of 6 prompts as a list: it adds what it wants.
+    `plan(sums, fit, gradients)` adds three batches of 6 prompts, with critics that it fits to
+    batches, and returns how much the m of each batch counts in <m, mu>.
     """
-    policy = make_policy()
-    generator = torch.Generator().manual_seed(seed)
+    policy = make_policy(spread=3.0)
+    generator = torch.Generator().manual_seed(13)
     mu = policy.true_gradient
-    _, _, chances = all_groups()
-    groups, _ = policy.groups(GROUP_SIZE)
-    leave_one_out = all_groups()[1][0]
+    groups, chances = policy.groups(GROUP_SIZE)
+    leave_one_out = policy.group_gradients(groups, "leave_one_out", "none")
+    # Advantages are linear in the values.
+    units = torch.eye(4 * policy.num_prompts, dtype=torch.float64).view(-1, policy.num_prompts, 4)
+    without = policy.critic_gradients(torch.zeros_like(units[0]), gae_lambda)
+    by_value = torch.stack([policy.critic_gradients(v, gae_lambda) for v in units]) - without
+    chance = policy.probabilities.unsqueeze(2) / policy.num_prompts
     differences = []
-    for _ in range(num_draws):
+    for _ in range(400):
         drawn = torch.multinomial(chances, 18, replacement=True, generator=generator).view(3, 6)
         means = []
 
@@ -198,8 +203,7 @@ def critic_draws(seed, num_draws, plan):
             return fitted_values(policy, groups[drawn[list(batches)].flatten()])
 
         def gradients(batch, values, drawn=drawn, means=means):
-            per_completion = policy.critic_gradients(values, 0.7)
-            chance = policy.probabilities.unsqueeze(2) / policy.num_prompts
+            per_completion = without + torch.tensordot(values.flatten(), by_value, 1)
             means.append((per_completion * chance).sum((0, 1)))
             x = policy.mean_over_group(per_completion, groups[drawn[batch]])
             return {"leave one out": leave_one_out[drawn[batch]], "critic": x}
@@ -273,17 +277,19 @@ def both_ways(sums, fit, gradients):
 
 
 def test_a_critic_of_other_folds_is_measured_without_bias():
-    assert standard_errors(critic_draws(11, 400, in_folds), 0).max() < 3
+    assert standard_errors(critic_draws(in_folds, 0.0), 0).max() < 3
 
 
 def test_a_critic_of_earlier_iterations_is_measured_without_bias():
     # The norm is that of the sum of gradients, whose terms do have noise in common.
-    assert standard_errors(critic_draws(12, 400, one_after_the_other), 0)[0] < 3
+    assert standard_errors(critic_draws(one_after_the_other, 0.0), 0)[0] < 3
 
 
-@pytest.mark.parametrize("plan", [on_the_same_batch, across_folds, both_ways])
-def test_a_critic_that_has_seen_one_of_a_pair_is_seen_to_be_wrong(plan):
-    assert standard_errors(critic_draws(13, 400, plan), 0)[0] > 3
+@pytest.mark.parametrize(
+    ("plan", "gae_lambda"), [(on_the_same_batch, 0.7), (across_folds, 0.0), (both_ways, 0.0)]
+)
+def test_a_critic_that_has_seen_one_of_a_pair_is_seen_to_be_wrong(plan, gae_lambda):
+    assert standard_errors(critic_draws(plan, gae_lambda), 0)[0] > 4
 
 
 def test_the_length_of_a_window_is_that_of_its_sum():
