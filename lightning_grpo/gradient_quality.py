@@ -1,31 +1,35 @@
-"""How well the gradient of an algorithm points where the reward rises: bias and noise in one number.
+"""How well an algorithm's gradient points where the reward rises: bias and noise in one number.
 
 With mu the true gradient, and g that of an arm for a batch of N prompts,
 
     Q = <E g, mu>^2 / (|mu|^2 E|g|^2)
 
-is the squared cosine between g and mu, 0 to 1: to first order, a step of the best length raises the
-reward by Q times what a step along mu itself would. The scale of g does not matter. A prompt adds
-x_i to g = sum_i x_i / N; x_i are independent with mean m, so that
+is the squared cosine between g and mu, 0 to 1. Where the reward bends alike in all directions, the
+step along g of the best length gains on average Q times what the best step along mu does. The
+scale of g does not matter. Prompt i adds x_i to g = sum_i x_i / N; the x_i are independent with
+mean m, so that
 
     E|g|^2 = E|x|^2 / N + (1 - 1 / N) |m|^2
 
-From n measured prompts, with h_i the gradient from leave-one-out advantages, E h_i = mu, and all
-sums over pairs of different prompts that `gradient_sums` admits, without bias
+From n measured prompts, with h_i the gradient from leave-one-out advantages, E h_i = mu, and with
+sums over the pairs of different prompts that `gradient_sums` admits, all without bias,
 
     <m, mu>   sum <x_i, h_j> / number of pairs
     |mu|^2    sum <h_i, h_j> / number of pairs
     |m|^2     sum <x_i, x_j> / number of pairs
     E|x|^2    sum_i |x_i|^2 / n
 
-Over a window of iterations g is their sum, what a critic gets wrong time and again included: N is
-then the number of prompts of the window. Denominators of a loss that vary from batch to batch, as
-with the reduction `token`, count as constants.
+Over a window of iterations g is their sum, with what a critic gets wrong time and again: N is then
+the number of prompts in the window. Where the denominator of a loss varies from batch to batch, as
+with the reduction `token`, it counts as a constant.
 
-What looks like a measure and is none. Agreement of the halves of a batch is |m|^2 / E|g|^2 and
-knows no mu: it rewards a gradient for being sure, wrong or not. A critic that was fitted on the same
-prompts knows their noise. Advantages divided by a standard deviation weigh prompts by what the
-reward does not say: their mean is not mu.
+What looks like a measure and is none. The agreement of two halves of a batch is about |m|^2 /
+E|g|^2 and knows no mu: it rewards a gradient for being sure, right or wrong. A critic that was
+fitted on the same prompts knows their noise. Advantages divided by a standard deviation weigh
+prompts by something else than what there is to gain: their mean is not mu.
+
+The estimates are conditional: they exist where |mu|^2 is above zero with confidence. Where that is
+rarely so, those draws in which it is are the ones that overstate Q.
 """
 
 from __future__ import annotations
@@ -33,7 +37,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from lightning_grpo.gradient_sums import PairSums, without_each_block
@@ -191,16 +194,17 @@ def _moments(pairs: PairSums, num_batch_prompts: float, level: float) -> _Moment
     check_level(level)
     if not num_batch_prompts > 0:
         raise ValueError(f"num_batch_prompts is {num_batch_prompts}; it must be positive")
-    used = pairs.num_prompts > 0
-    num_pairs = without_each_block(pairs.num_norm, used)
-    square = without_each_block(pairs.squares.diag_embed(), used) / without_each_block(
-        pairs.num_prompts.diag_embed(), used
-    )
-    norm = without_each_block(pairs.norm, used) / num_pairs
+
+    def mean(sums: Tensor, counts: Tensor) -> Tensor:
+        used = pairs.num_prompts > 0
+        return without_each_block(sums, used) / without_each_block(counts, used)
+
+    square = mean(pairs.squares.diag_embed(), pairs.num_prompts.diag_embed())
+    norm = mean(pairs.norm, pairs.num_norm)
     share = 1 / num_batch_prompts
     return _Moments(
         signal=norm[0],
-        alignment=without_each_block(pairs.alignment, used) / without_each_block(pairs.num_alignment, used),
+        alignment=mean(pairs.alignment, pairs.num_alignment),
         mean_square=square * share + norm * (1 - share),
     )
 

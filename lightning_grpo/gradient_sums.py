@@ -1,21 +1,21 @@
 """Running sums of the gradients of prompts, and the inner products of pairs of them.
 
-What an arm's gradient is worth shows in inner products of gradients of *different* prompts: those
-of a prompt with itself hold its own noise, which agrees with itself. A critic adds two conditions.
-It must not have seen either prompt, or it has learned their noise; and where it learns on,
-iteration after iteration, the gradient that it gave may be compared only with what was sampled
-with it or after it. `GradientAccumulator` forms no other pairs:
+What an arm's gradient is worth shows in inner products of gradients of *different* prompts: that of
+a gradient with itself holds its own noise, which agrees with itself. A critic adds a condition. It
+must not have learned from either prompt of a pair, or it has learned their noise.
+`GradientAccumulator` forms no other pairs:
 
-- `end_fold`: pairs within the fold. The critic of a fold was fitted on the other folds only.
-- `end_iteration`: also pairs with the iterations before it, as far as they are admissible. The
-  critic was fitted on earlier iterations only.
+- `end_fold`: pairs within the fold. The critic of a fold was fitted on other folds only.
+- `end_iteration`: pairs within the iteration, and of its group gradients with what the earlier
+  ones gave. The critic of an iteration was fitted on earlier ones only.
 
-Sums of all pairs follow from sums of gradients, sum_{i != j} <x_i, h_j> = <X, H> - sum_i <x_i,
-h_i>, so no gradient is kept. Prompts are dealt into blocks with sums of their own, so that any block
-can be left out afterwards, which is what the jackknife needs. (One that draws prompts again, the
-bootstrap, would put a prompt on both sides of a pair.) The memory is twice A * K * D numbers for A
-arms, K blocks and D parameters, half of it when only folds are used. Nothing is projected: the
-inner products of 64 random directions have an error of |x| |h| / 8, far more than the signal.
+The sum over all pairs follows from sums of gradients, sum_{i != j} <x_i, h_j> = <X, H> - sum_i
+<x_i, h_i>, so no gradient is kept. Prompts are dealt into blocks with sums of their own, so that
+any block can be left out afterwards, which the jackknife does. (A bootstrap, which draws prompts
+again, would put a prompt on both sides of a pair.) The memory is A * K * D numbers for A arms, K
+blocks and D parameters, twice that in a window; where it is too much, give the gradients of the
+model's last layer alone, and say so. Nothing is projected: an inner product after projection on 64
+random directions is off by |x| |h| / 8, far more than the signal.
 """
 
 from __future__ import annotations
@@ -146,7 +146,10 @@ class GradientAccumulator:
         """Add the pairs within the prompts since the last end; nothing else is paired with them.
 
         Args:
-            sum_over_ranks: adds a tensor over the ranks.
+            sum_over_ranks: adds a tensor over the ranks, each of which has added a prompt.
+
+        Raises:
+            RuntimeError: no prompt was added since the last end.
         """
         self._add_pairs_within(sum_over_ranks)
         self._forget_now()
@@ -158,9 +161,13 @@ class GradientAccumulator:
         <x_i, h_j> with i of an earlier iteration than j, not the other way round: the critic that
         gave x_i has learned from what earlier iterations sampled. <x_i, x_j> over all of them,
         since the length of a sum of gradients is what it is, whatever its terms have in common.
+        The window counts as one policy: how far mu turns within it is not seen.
 
         Args:
-            sum_over_ranks: adds a tensor over the ranks.
+            sum_over_ranks: adds a tensor over the ranks, each of which has added a prompt.
+
+        Raises:
+            RuntimeError: no prompt was added since the last end.
         """
         self._add_pairs_within(sum_over_ranks)
         now, earlier, pairs = self._now, self._earlier, self.pairs
@@ -224,8 +231,8 @@ class GradientAccumulator:
             raise RuntimeError("no prompt was added since the last end, on this rank")
         for name in ("_num_now", "_squares", "_own_alignment"):
             setattr(self, name, sum_over_ranks(getattr(self, name)).cpu())
-        for a in range(len(self.arms)):
-            now[a] = sum_over_ranks(now[a]).to(now)  # one arm at a time, for what a sum itself takes
+        for of_arm in now:  # one arm at a time, for what the sum itself takes
+            of_arm.copy_(sum_over_ranks(of_arm))
         pairs.alignment += _products(now, now[:1]) - self._own_alignment.diag_embed()
         pairs.norm += _products(now, now) - self._squares.diag_embed()
         num_pairs = torch.outer(self._num_now, self._num_now) - torch.diag(self._num_now)

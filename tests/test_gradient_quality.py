@@ -130,9 +130,7 @@ def test_quality_and_its_ratio_are_those_of_the_enumeration(num_batch_prompts):
         low, high = found.arms[arm].interval
         assert low - 1e-12 <= exact <= high + 1e-12 and high - low < 0.1
         log_ratio = math.log(exact / exact_quality("grpo", num_batch_prompts))
-        ratio = quality_ratio(
-            total, arm, "grpo", num_batch_prompts=num_batch_prompts, level=0.9973
-        )
+        ratio = quality_ratio(total, arm, "grpo", num_batch_prompts=num_batch_prompts, level=0.9973)
         assert ratio.interval.low - 1e-12 <= log_ratio <= ratio.interval.high + 1e-12
 
 
@@ -170,7 +168,9 @@ def test_a_true_gradient_from_divided_advantages_is_seen_to_be_wrong():
     for mu, is_right in (("leave one out", True), ("grpo", False)):
         pairs = pairs_of({mu: rows[mu], "judged": rows["grpo"]})
         low, high = (
-            gradient_quality(pairs, num_batch_prompts=math.inf, level=0.9973).arms["judged"].interval
+            gradient_quality(pairs, num_batch_prompts=math.inf, level=0.9973)
+            .arms["judged"]
+            .interval
         )
         assert (low <= exact <= high) == is_right
 
@@ -374,7 +374,9 @@ def test_random_projections_drown_the_signal():
         gradients = mu + noise  # of the squared length, one part in 101 is signal
         directions = torch.randn(4096, 64, dtype=torch.float64, generator=generator) / 8
         for i, rows in enumerate((gradients, gradients @ directions)):
-            num_seen[i] += not gradient_quality(pairs_of({"truth": rows}), num_batch_prompts=8).reason
+            num_seen[i] += not gradient_quality(
+                pairs_of({"truth": rows}), num_batch_prompts=8
+            ).reason
     assert num_seen[0] == 10 and num_seen[1] <= 6, num_seen
 
 
