@@ -164,6 +164,9 @@ def test_intervals_cover_as_often_as_they_say():
             policy, 64, 6, lambda p, m: policy.rewards[p, m], generator
         )
         found = allocation(moments, blocks, pairs, group_size=6)
+        if found.between > 0:
+            best = max(2, 1 + math.sqrt(found.noise / found.between))
+            assert found.best_group_size == pytest.approx(best)
         at_32 = found.predicted[32]
         for name, (low, high), exact in (
             ("between", found.between_interval, between),

@@ -175,6 +175,26 @@ def test_a_true_gradient_from_divided_advantages_is_seen_to_be_wrong():
         assert (low <= exact <= high) == is_right
 
 
+def test_agreement_of_halves_praises_a_gradient_that_is_sure_and_wrong():
+    generator = torch.Generator().manual_seed(7)
+    h = drawn_gradients(generator, 40)
+    mu = all_groups()[0].true_gradient
+    aside = torch.randn(len(mu), dtype=torch.float64, generator=generator)
+    aside = (aside - mu * (aside @ mu) / (mu @ mu)).expand_as(h)
+    halves = [torch.cosine_similarity(x[:20].sum(0), x[20:].sum(0), dim=0) for x in (aside, h)]
+    assert halves[0] > 0.999 > 0.9 > halves[1]
+    found = gradient_quality(pairs_of({"leave one out": h, "aside": aside}), num_batch_prompts=40)
+    assert found.arms["aside"].interval.high < 0.1
+    assert found.arms["leave one out"].interval.low > 0.5
+
+
+def drawn_gradients(generator, num_prompts):
+    """(n, D) of the unbiased arm."""
+    _, gradients, chances = all_groups()
+    drawn = torch.multinomial(chances, num_prompts, replacement=True, generator=generator)
+    return gradients[0, drawn]
+
+
 # Critics that learn from what is measured
 
 

@@ -35,6 +35,16 @@ def critic_of(rounds, **options):
     return critic
 
 
+def test_sums_are_those_of_all_products_over_tokens():
+    states = torch.tensor([[[2.0], [3.0]], [[5.0], [7.0]]])
+    returns = torch.tensor([[1.0, 10.0], [-1.0, 4.0]])
+    mask = torch.tensor([[True, True], [True, False]])
+    expected = torch.tensor([[38.0, 10, 27], [10, 3, 10], [27, 10, 102]]).double()
+    assert torch.equal(regression_sums(states, returns, mask), expected)
+    many = [torch.cat([tensor] * 1500) for tensor in (states, returns, mask)]  # 4,500 tokens
+    assert torch.equal(regression_sums(*many), 1500 * expected)
+
+
 @pytest.mark.parametrize("ridge", [1e-12, 0.3])
 def test_values_are_those_of_weighted_least_squares(ridge):
     rounds = iterations()
