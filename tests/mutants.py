@@ -28,7 +28,7 @@ import pytest
 import torch  # noqa: F401  imported once here, not once in every fork
 
 ROOT = Path(__file__).resolve().parent.parent
-NUM_PARALLEL = 1
+NUM_PARALLEL = 2
 
 MASKING = """
 is_eos.cumsum(dim=1) - is_eos) == 0 => is_eos.cumsum(dim=1)) == 0 => is_eos.cumsum(dim=1) - is_eos) <= 1 => is_eos.cumsum(dim=0) - is_eos) == 0

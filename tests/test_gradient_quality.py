@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+import statistics
 from functools import cache
 
 import pytest
@@ -312,7 +314,7 @@ def test_a_critic_that_has_seen_one_of_a_pair_is_seen_to_be_wrong(plan, gae_lamb
     assert standard_errors(critic_draws(plan, gae_lambda), 0)[0] > 4
 
 
-def test_the_length_of_a_window_is_that_of_its_sum():
+def test_a_window_is_measured_by_the_pairs_that_may_be_compared():
     generator = torch.Generator().manual_seed(2)
     iterations = torch.randn(4, 2, 5, 7, dtype=torch.float64, generator=generator) + 0.8
     sums = GradientAccumulator(["truth", "arm"], num_blocks=5)
@@ -320,8 +322,17 @@ def test_the_length_of_a_window_is_that_of_its_sum():
         sums.add({"truth": truth, "arm": arm})
         sums.end_iteration()
     found = gradient_quality(sums.pairs, num_batch_prompts=20)
+    # The length is that of the sum of all gradients.
     exact = iterations.sum((0, 2))[1].square().sum() / 20**2
     assert found.arms["arm"].mean_square == pytest.approx(float(exact), rel=1e-12)
+    prompts = list(itertools.product(range(4), range(5)))
+    signal, alignment = [], []
+    for (t, i), (s, j) in itertools.permutations(prompts, 2):
+        signal.append(float(iterations[t, 0, i] @ iterations[s, 0, j]))
+        if t <= s:
+            alignment.append(float(iterations[t, 1, i] @ iterations[s, 0, j]))
+    assert found.signal == pytest.approx(statistics.mean(signal), rel=1e-12)
+    assert found.arms["arm"].alignment == pytest.approx(statistics.mean(alignment), rel=1e-12)
 
 
 # Intervals
