@@ -370,9 +370,9 @@ _own_products(rows, rows[:1])) => _own_products(rows, rows))
 self._squares.index_add_(1, blocks => self._squares.index_add_(1, 0 * blocks
 pairs.alignment += _products(earlier, now[:1]) => pairs.alignment += _products(now, earlier[:1]) => pairs.alignment += _products(earlier[:1], now)
 across = _products(earlier, now) => across = _products(earlier, now[:1])
-pairs.norm += across + across.mT => pairs.norm += across => pairs.norm += 2 * across
-pairs.num_alignment += num_across => pairs.num_alignment += num_across.T => pairs.num_alignment += num_across + num_across.T
-pairs.num_norm += num_across + num_across.T => pairs.num_norm += num_across => pairs.num_norm += 2 * num_across
+pairs.norm += across + across.mT => pairs.norm += across
+pairs.num_alignment += num_across => pairs.num_alignment += num_across + num_across.T
+pairs.num_norm += num_across + num_across.T => pairs.num_norm += num_across
 if earlier is None else earlier.add_(now) => if True else earlier
 self._num_earlier += self._num_now => self._num_earlier = self._num_now
 of_arm.copy_(sum_over_ranks(of_arm)) => sum_over_ranks(of_arm)

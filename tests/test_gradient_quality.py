@@ -488,6 +488,10 @@ def test_the_block_of_each_prompt_is_told():
     assert sums.add({"truth": torch.ones(4)}).tolist() == [2]
     sums.end_iteration()
     assert sums.add({"truth": torch.ones(2, 4)}).tolist() == [0, 1]
+    sums.end_iteration()
+    resumed = GradientAccumulator(["truth"], num_blocks=3)
+    resumed.load_state_dict(sums.state_dict())
+    assert resumed.add({"truth": torch.ones(4)}).tolist() == [2]
 
 
 def test_what_cannot_be_added_or_judged_is_named():
