@@ -139,7 +139,7 @@ def drawn_noise(law):
 @pytest.mark.parametrize("law", [styled, seldom_right])
 def test_noise_is_predicted_at_group_sizes_that_were_not_measured(law):
     policy, generator = make_policy(num_prompts=6), torch.Generator().manual_seed(2)
-    moments, blocks, pairs = measured(policy, 400, 8, law(policy, generator), generator)
+    moments, blocks, pairs = measured(policy, 2000, 8, law(policy, generator), generator)
     found = allocation(moments, blocks, pairs, group_size=8)
     noise = drawn_noise(law)
     for size, drawn in noise.items():
@@ -148,7 +148,7 @@ def test_noise_is_predicted_at_group_sizes_that_were_not_measured(law):
         assert predicted.relative == pytest.approx(drawn / noise[8], rel=0.15)
         assert predicted.interval.low < predicted.noise < predicted.interval.high
     assert found.predicted[8].relative_interval == pytest.approx((1, 1))
-    assert (found.num_prompts, set(found.predicted)) == (400, {2, 4, 8, 16, 32, 64})
+    assert (found.num_prompts, set(found.predicted)) == (2000, {2, 4, 8, 16, 32, 64})
 
 
 def test_intervals_cover_as_often_as_they_say():
