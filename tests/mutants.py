@@ -361,6 +361,103 @@ float(1 - residual_spread / target_spread) => float(residual_spread / target_spr
 float(1 - residual_spread / target_spread) => max(float(1 - residual_spread / target_spread), 0.0)
 """
 
+GRADIENT_SUMS = """
+if name != "arms" => if name not in ("arms", "norm")
+self.next_block + torch.arange(rows.shape[1]) => torch.arange(rows.shape[1])
+_own_products(rows, rows)) => _own_products(rows, rows[:1]))
+_own_products(rows, rows[:1])) => _own_products(rows, rows))
+(self.next_block + len(blocks)) % => (self.next_block + 1) %
+self._squares.index_add_(1, blocks => self._squares.index_add_(1, 0 * blocks
+pairs.alignment += _products(earlier, now[:1]) => pairs.alignment += _products(now, earlier[:1]) => pairs.alignment += _products(earlier[:1], now)
+across = _products(earlier, now) => across = _products(earlier, now[:1])
+pairs.norm += across + across.mT => pairs.norm += across
+pairs.num_alignment += num_across => pairs.num_alignment += num_across + num_across.T
+pairs.num_norm += num_across + num_across.T => pairs.num_norm += num_across
+if earlier is None else earlier.add_(now) => if True else earlier
+self._num_earlier += self._num_now => self._num_earlier = self._num_now
+of_arm.copy_(sum_over_ranks(of_arm)) => sum_over_ranks(of_arm)
+pairs.alignment += _products(now, now[:1]) - self._own_alignment.diag_embed() => pairs.alignment += _products(now, now[:1]) => pairs.alignment += _products(now, now) - self._own_alignment.diag_embed()
+pairs.norm += _products(now, now) - self._squares.diag_embed() => pairs.norm += _products(now, now) => pairs.norm += _products(now, now[:1]) - self._squares.diag_embed()
+torch.outer(self._num_now, self._num_now) - torch.diag(self._num_now) => torch.outer(self._num_now, self._num_now)
+pairs.num_alignment += num_pairs => pairs.num_alignment += num_pairs + 1
+pairs.squares += self._squares => pairs.squares += self._own_alignment
+self.next_block = state["next_block"] => pass
+self._num_earlier = state["num_earlier"].clone() => pass
+if not bool(rows.isfinite().all()): => if False:
+total - sums.sum(-1) - sums.sum(-2) + own => total - sums.sum(-1) - sums.sum(-2) => total - 2 * sums.sum(-1) + own => total - sums.sum(-1) + own
+without[..., is_used] => without
+"""
+
+GRADIENT_QUALITY = """
+_jackknife(alignment / (moments.signal * mean_square).sqrt(), level) => _jackknife(alignment / mean_square.sqrt(), level) => _jackknife(alignment / (moments.signal * mean_square), level)
+alignment=float(alignment[0]) => alignment=float(alignment[1])
+mean_square=float(mean_square[0]) => mean_square=float(mean_square[1])
+signal=float(moments.signal[0]) => signal=float(moments.signal[1])
+if not reason and not jackknife_interval(base[0], base[1:], level=level).low > 0: => if not reason and jackknife_interval(base[0], base[1:], level=level).low > 0: => if False:
+ratio = moments.alignment[a] / base => ratio = base / moments.alignment[a]
+moments.mean_square[b] / moments.mean_square[a] => moments.mean_square[a] / moments.mean_square[b]
+if not num_batch_prompts > 0: => if num_batch_prompts < 0:
+mean(pairs.squares.diag_embed(), pairs.num_prompts.diag_embed()) => mean(pairs.squares.diag_embed(), pairs.num_norm)
+norm = mean(pairs.norm, pairs.num_norm) => norm = mean(pairs.norm, pairs.num_alignment)
+signal=norm[0] => signal=norm[-1]
+mean(pairs.alignment, pairs.num_alignment) => mean(pairs.alignment, pairs.num_norm)
+square * share + norm * (1 - share) => square * share + norm => square * share => norm
+num_blocks * whole - (num_blocks - 1) * left_out.mean() => whole
+jackknife_interval(corrected, left_out, level=level) => jackknife_interval(corrected, left_out) => jackknife_interval(whole, left_out, level=level)
+"" if interval.low > 0 else => "" if interval.high > 0 else => "" if moments.signal[0] > 0 else
+min(max(cosine, 0.0), 1.0) ** 2 => min(max(cosine, 0.0), 1.0) => min(abs(cosine), 1.0) ** 2 => max(cosine, 0.0) ** 2
+2 * math.log(ratio) if => math.log(ratio) if
+"""
+
+ALLOCATION = """
+size < _MIN_GROUP_SIZE => size < 3
+r = r - r.mean(dim=1, keepdim=True) => r = r
+own.unsqueeze(1) - 2 * gram => own.unsqueeze(1) - gram
+* distance).sum((1, 2)) / 4 => * distance).sum((1, 2)) / 2
+(size * torch.diag_embed(r) - r.unsqueeze(2) + r.unsqueeze(1)) / 2 => (size * torch.diag_embed(r) - r.unsqueeze(2)) / 2 => size * torch.diag_embed(r) - r.unsqueeze(2) + r.unsqueeze(1)
+one_common = by_first - same => one_common = by_first
+none_common = everything - 4 * one_common - 2 * same => none_common = everything - 4 * one_common - same => none_common = everything - 2 * one_common - 2 * same
+none_common / (pairs * (size - 2) * (size - 3)) => none_common / (pairs * (size - 2) * (size - 2))
+one_common / (pairs * (size - 2)) => one_common / pairs
+same / pairs => same / size
+between * size + completion + noise / (size - 1) => between * size + completion + noise / size => between + completion + noise / (size - 1) => between * size + noise / (size - 1)
+of_size(size) / of_size(group_size) => of_size(size)
+max(2.0, 1 + ratio**-0.5) => 1 + ratio**-1 => ratio**-0.5
+if ratio > 0 else math.inf => if ratio > 0 else 2.0
+is_noisy = interval(noise).low > 0 => is_noisy = True
+ratio = between / noise => ratio = between / completion
+Interval(best(high), best(low)) => Interval(best(low), best(high))
+if not torch.equal(count.double(), pairs.num_prompts): => if False:
+(sums.sum(0) - sums)[used] => sums[used]
+(count.sum() - count)[used] => count[used]
+completion = 4 * (one_common - square) => completion = 2 * (one_common - square)
+noise = 2 * (same - square) - completion => noise = 2 * (same - square)
+return square - signal, => return square,
+"""
+
+SHADOW_CRITIC = """
+states[mask], returns[mask].unsqueeze(1) => states.flatten(0, 1), returns.flatten().unsqueeze(1)
+sums.addmm_(z.T, z) => sums = z.T @ z * 2
+if not bool(sums.isfinite().all()): => if False:
+return bool(self._sums[-2, -2] > 0) => return True
+1 - float(self._errors[self._best]) / spread => float(self._errors[self._best]) / spread
+rows.double() @ weights[:-1] + weights[-1] => rows.double() @ weights[:-1]
+if float(new[-2, -2]) == 0: => if False:
+-torch.ones(len(self.ridges), 1) => torch.ones(len(self.ridges), 1)
+self._errors = self.decay * self._errors + => self._errors = self._errors +
+new[-1, -1] - new[-1, -2].square() / new[-2, -2] => new[-1, -1]
+self._spread = self.decay * self._spread + spread => self._spread = self._spread + spread
+self._sums = self.decay * self._sums + new => self._sums = self._sums + new => self._sums = new
+self._errors = state["errors"].clone() => pass
+self._spread = state["spread"].clone() => pass
+int(self._errors.argmin()) if => int(self._errors.argmax()) if
+/ count - torch.outer(mean, mean) => / count
+moment = sums[-1, :-2] / count - mean * mean_return => moment = sums[-1, :-2] / count
+torch.where(is_constant, 0.0, variance.clamp(min=0).rsqrt()) => variance.clamp(min=0).rsqrt() => torch.where(is_constant, 0.0, 1.0)
+correlation + ridge * torch.eye(len(scale), dtype=torch.float64) => correlation + 1e-4 * torch.eye(len(scale), dtype=torch.float64)
+mean_return - mean @ beta => mean_return
+"""
+
 EDITS = {
     "masking": MASKING,
     "logprobs": LOGPROBS,
@@ -372,7 +469,14 @@ EDITS = {
     "value_loss": VALUE_LOSS,
     "intervals": INTERVALS,
     "separability": SEPARABILITY,
+    "gradient_sums": GRADIENT_SUMS,
+    "gradient_quality": GRADIENT_QUALITY,
+    "allocation": ALLOCATION,
+    "shadow_critic": SHADOW_CRITIC,
 }
+# Where the tests of a module do not have its name, and what tests import.
+TESTS = {"gradient_sums": "gradient_quality"}
+HELPERS = ("enumerable_policy",)
 
 
 class Mutant(NamedTuple):
@@ -402,7 +506,9 @@ def copy_and_break(folder: Path, mutant: Mutant | None) -> str:
     for module in (*EDITS, "types"):
         shutil.copy(ROOT / "lightning_grpo" / f"{module}.py", package)
     for module in EDITS:
-        shutil.copy(ROOT / "tests" / f"test_{module}.py", tests)
+        shutil.copy(ROOT / "tests" / f"test_{TESTS.get(module, module)}.py", tests)
+    for helper in HELPERS:
+        shutil.copy(ROOT / "tests" / f"{helper}.py", tests)
     if mutant is None:
         return ""
     path = package / f"{mutant.module}.py"
@@ -429,7 +535,7 @@ def start_tests(folder: Path, first: str) -> int:
         for module in EDITS:
             importlib.import_module(f"lightning_grpo.{module}")
         order = sorted(EDITS, key=lambda module: module != first)
-        files = [f"tests/test_{module}.py" for module in order]
+        files = list(dict.fromkeys(f"tests/test_{TESTS.get(m, m)}.py" for m in order))
         code = pytest.main(["-x", "-q", "-c", os.devnull, "-p", "no:cacheprovider", *files])
     except Exception:
         traceback.print_exc()

@@ -20,6 +20,7 @@ LAYERS = [
     {
         *("masking", "logprobs", "kl", "advantages", "losses", "intervals", "separability"),
         *("gae", "whitening", "value_loss"),
+        *("gradient_sums", "gradient_quality", "allocation", "shadow_critic"),
     },
     {"algorithms"},
     {
@@ -50,6 +51,7 @@ UNPICKLER_NEEDS = {"pickle.Unpickler", "pickle.UnpicklingError"}
 PURE = {
     *("masking", "logprobs", "kl", "advantages", "losses", "intervals", "separability"),
     *("gae", "whitening", "value_loss"),
+    *("gradient_sums", "gradient_quality", "allocation", "shadow_critic"),
 }
 
 
