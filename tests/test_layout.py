@@ -19,7 +19,7 @@ LAYERS = [
     {"types", "paths"},
     {
         *("masking", "logprobs", "kl", "advantages", "losses", "intervals", "separability"),
-        *("gae", "whitening", "value_loss"),
+        *("gae", "whitening", "value_loss", "dead_groups", "spread_search", "reward_quality"),
     },
     {"algorithms"},
     {
@@ -39,6 +39,7 @@ LAYERS = [
         *("memory", "critic_export", "choices", "building", "levelling", "importing", "export"),
         *("optimization", "sharding", "startup", "adapters", "critic", "forward", "lifecycle"),
         *("checkpoints", "saved_run", "stages", "evidence", "switching"),
+        "diagnosis",
     },
     {"callbacks"},
     {"cli", "console", "run_files", "tool_commands", "tools", "conf", "__main__", "benchmark"},
@@ -48,7 +49,7 @@ RESTRICTED_UNPICKLER = "importing.dcp"
 UNPICKLER_NEEDS = {"pickle.Unpickler", "pickle.UnpicklingError"}
 PURE = {
     *("masking", "logprobs", "kl", "advantages", "losses", "intervals", "separability"),
-    *("gae", "whitening", "value_loss"),
+    *("gae", "whitening", "value_loss", "dead_groups", "spread_search", "reward_quality"),
 }
 
 
