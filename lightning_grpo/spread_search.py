@@ -69,8 +69,8 @@ def draws_wanted(search: SpreadSearch, cap: int) -> Tensor:
 
 def known_group_size(search: SpreadSearch, cap: int) -> int:
     """The largest group size at which all prompts are known, at most `cap`."""
-    still_open = search.num_drawn[~search.has_spread]
-    return min([cap, *still_open.tolist()])
+    still_open: list[int] = search.num_drawn[~search.has_spread].tolist()
+    return min([cap, *still_open])
 
 
 def continue_search(search: SpreadSearch, prompts: Sequence[int], rewards: Tensor) -> SpreadSearch:
