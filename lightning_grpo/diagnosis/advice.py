@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import Literal
 
 from lightning_grpo.dead_groups import DeadAgain
-from lightning_grpo.diagnosis.records import Advice, Diagnosis, Groups
+from lightning_grpo.diagnosis.records import Advice, Diagnosis, Estimate, Groups
 from lightning_grpo.diagnosis.wording import (
     counted,
     percent,
@@ -146,8 +146,13 @@ def _prompts(found: Diagnosis, groups: Groups) -> Iterator[Advice]:
         if num >= groups.group_size and not spreads:
             tops[mean >= best - 1e-6 * max(abs(best), 1e-12)].append(name)
     sides: tuple[tuple[str, str, DeadAgain, list[str]], ...] = (
-        ("prompts too easy", f"score {short(best)} in all", groups.easy, tops[True]),
-        ("prompts too hard", "score the same below that in all", groups.hard, tops[False]),
+        (
+            "prompts too easy",
+            f"have the best reward, {short(best)}, in all",
+            groups.easy,
+            tops[True],
+        ),
+        ("prompts too hard", "have one reward, not the best, in all", groups.hard, tops[False]),
     )
     for topic, what, again, names in sides:
         if not again.num_dead:
@@ -155,12 +160,12 @@ def _prompts(found: Diagnosis, groups: Groups) -> Iterator[Advice]:
         said = f"{counted(again.num_dead, 'prompt')} {what} {groups.group_size} completions"
         least = Interval(again.least, 1.0)
         if again.least > _HALF:
-            text = f"drop them: {said}, and at least {percent(again.least)} of such would again"
+            text = f"drop them: {said}, and at least {percent(again.least)} of such would once more"
             yield Advice(topic, "change", text, None, least, tuple(names))
         else:
             text = (
-                f"{said}; too few to say whether they would again: at least {percent(again.least)} "
-                "of such. Score more completions before dropping any"
+                f"{said}; whether they would once more is not sure: at least "
+                f"{percent(again.least)} of such would. Score more completions before dropping any"
             )
             yield Advice(topic, "undecided", text, None, least, tuple(names))
 
@@ -234,36 +239,20 @@ def _on_rewards(found: Diagnosis) -> Iterator[Advice]:
 
 
 def _on_completions(found: Diagnosis) -> Iterator[Advice]:
-    cases = []
     if found.truncation is not None:
-        cases.append(
-            (
-                "length",
-                found.truncation.share,
-                "completions are cut",
-                "raise the longest completion, or reward shorter ones",
-            )
-        )
+        remedy = "raise the longest completion, or reward shorter ones"
+        yield _on_share("length", found.truncation.share, "are cut", remedy)
     if found.parsing is not None:
-        cases.append(
-            (
-                "answers",
-                found.parsing.failures,
-                "completions have no answer that is found",
-                "say the format in the prompt, reward it, or look at the parser",
-            )
-        )
-    for topic, share, what, remedy in cases:
-        said = f"{percent(share.value)} ({percent_range(share.interval)}) of the {what}"
-        side = side_of(share.interval, _MANY)
-        if side == "above":
-            yield Advice(topic, "change", f"{remedy}: {said}", share.value, share.interval)
-        elif side == "below":
-            yield Advice(topic, "keep", f"fine: {said}", share.value, share.interval)
-        else:
-            text = _unclear(
-                share.interval,
-                _MANY,
-                f"the share of {what.replace(' are', ' that are').replace(' have', ' that have')}",
-            )
-            yield Advice(topic, "undecided", text, share.value, share.interval)
+        remedy = "say the format in the prompt, reward it, or look at the parser"
+        yield _on_share("answers", found.parsing.failures, "have no answer that is found", remedy)
+
+
+def _on_share(topic: str, share: Estimate, what: str, remedy: str) -> Advice:
+    said = f"{percent(share.value)} ({percent_range(share.interval)}) of the completions {what}"
+    side = side_of(share.interval, _MANY)
+    if side == "above":
+        return Advice(topic, "change", f"{remedy}: {said}", share.value, share.interval)
+    if side == "below":
+        return Advice(topic, "keep", f"fine: {said}", share.value, share.interval)
+    text = _unclear(share.interval, _MANY, f"the share of completions that {what}")
+    return Advice(topic, "undecided", text, share.value, share.interval)

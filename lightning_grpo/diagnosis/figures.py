@@ -74,7 +74,10 @@ def _dead_groups(groups: Groups) -> str:
         "<details><summary>numbers</summary><table><tr><th>group size</th><th>without spread</th>"
         f"<th>range</th></tr>{rows}</table></details>"
     )
-    text = f"up to {groups.group_size} measured on {groups.num_prompts:,} prompts"
+    text = (
+        f"up to {groups.group_size} measured on {groups.num_prompts:,} prompts; the dotted line is "
+        "at half"
+    )
     return _figure("Groups without spread, over their size", text, drawing, table)
 
 

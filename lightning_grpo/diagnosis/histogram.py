@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Sequence
@@ -13,7 +14,9 @@ _NUM_RANGES = 20
 
 
 def histogram(values: Sequence[float], ticks: Sequence[float] | None = None) -> Histogram:
-    """Count how often values occur: each by itself if there are few, else in 20 equal ranges.
+    """Count how often values occur: each by itself if there are few, else in equal ranges.
+
+    There are at most 21 ranges, with round ends.
 
     Args:
         values: finite, at least one.
@@ -31,6 +34,15 @@ def histogram(values: Sequence[float], ticks: Sequence[float] | None = None) -> 
         found = sorted(single)
         return Histogram(found, found, [single[value] for value in found])
     low, high = min(values), max(values)
-    edges = [low + (high - low) * i / _NUM_RANGES for i in range(_NUM_RANGES)]
-    counts = Counter(bisect_right(edges, value) - 1 for value in values)
-    return Histogram(edges, [*edges[1:], high], [counts[i] for i in range(_NUM_RANGES)])
+    step = _round_step((high - low) / _NUM_RANGES)
+    first = math.floor(low / step)
+    num_ranges = math.floor(high / step) - first + 1
+    edges = [(first + i) * step for i in range(num_ranges + 1)]
+    counts = Counter(bisect_right(edges, value, lo=1, hi=num_ranges) - 1 for value in values)
+    return Histogram(edges[:-1], edges[1:], [counts[i] for i in range(num_ranges)])
+
+
+def _round_step(least: float) -> float:
+    """The smallest of 1, 2 and 5 times a power of ten that is not below `least`."""
+    power = 10.0 ** math.floor(math.log10(least))
+    return next(factor * power for factor in (1, 2, 5, 10) if factor * power >= least * (1 - 1e-9))

@@ -82,7 +82,7 @@ class Groups:
     """Prompts whose completions all have one other reward."""
     variance: RewardVariance
     largest_gain: float
-    """Factor by which a perfect critic of the prompt would lower the variance at the planned size."""
+    """Factor by which a perfect critic of the prompt would lower the variance, at this size."""
     alike: Estimate | None
     """Share of pairs of siblings with the same text, in groups without spread below the best
     reward; None without texts."""

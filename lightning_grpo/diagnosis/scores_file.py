@@ -1,4 +1,4 @@
-"""Reading completions that somebody has scored: one row each, in columns of known or given names."""
+"""Reading completions that somebody has scored: a row each, in columns of known or given names."""
 
 from __future__ import annotations
 
@@ -277,8 +277,8 @@ def _check_ids(rows: Sequence[Row], column: str, group_ids: list[int]) -> None:
         first = seen.setdefault((group_ids[i], text_of(value)), i)
         if first != i:
             raise ValueError(
-                f"row {i + 1}: {column} {text_of(value)!r} is that of row {first + 1} too, with the "
-                "same prompt: is the row there twice? If the column does not name completions, "
+                f"row {i + 1}: {column} {text_of(value)!r} is that of row {first + 1} too, with "
+                "the same prompt: is the row there twice? If the column does not name completions, "
                 "leave it out, or say which one does with --columns.completion_id; if it names "
                 f"prompts, with --columns.prompt_id {column}"
             )

@@ -32,7 +32,7 @@ p { margin: 0 0 8px; }
   background: var(--card); border: 1px solid var(--edge); border-radius: 8px; padding: 12px 14px;
 }
 .statement { border-left: 4px solid var(--undecided); margin-top: 16px; }
-.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); gap: 10px; }
+.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(132px, 1fr)); gap: 10px; }
 .tiles .card { padding: 10px 12px; }
 .tiles b { display: block; font-size: 22px; line-height: 1.25; }
 .tiles span { display: block; font-size: 13px; color: var(--soft); }
@@ -47,7 +47,9 @@ p { margin: 0 0 8px; }
 summary { cursor: pointer; }
 .advice summary { color: var(--soft); font-size: 13px; }
 .names { font-size: 13px; max-height: 180px; overflow: auto; overflow-wrap: anywhere; }
-.figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 420px), 1fr)); gap: 14px; }
+.figures {
+  display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 420px), 1fr)); gap: 14px;
+}
 figure { margin: 0; }
 figcaption { font-weight: 600; margin-bottom: 6px; }
 figcaption small { display: block; font-weight: 400; font-size: 13px; }
@@ -68,7 +70,8 @@ th { font-weight: 600; color: var(--soft); }
 .prompt summary > span:first-child { overflow-wrap: anywhere; flex: 1; }
 pre {
   margin: 8px 0 0; padding: 8px 10px; background: var(--page); border-radius: 6px; font-size: 13px;
-  white-space: pre-wrap; overflow-wrap: anywhere; font-family: ui-monospace, Menlo, Consolas, monospace;
+  font-family: ui-monospace, Menlo, Consolas, monospace;
+  white-space: pre-wrap; overflow-wrap: anywhere;
 }
 .reward { font-size: 13px; color: var(--soft); margin: 8px 0 -4px; }
 @media (max-width: 640px) {

@@ -85,7 +85,8 @@ def facts_of(found: Diagnosis) -> Iterator[tuple[str, str]]:
             f"{percent(dead.share)} ({percent_range(dead.interval)}) have no spread and teach "
             "nothing",
         )
-        others = [f"{percent(d.share)} of {d.group_size}" for d in groups.dead[:-1]][-4:]
+        powers = [d for d in groups.dead[:-1] if d.group_size & (d.group_size - 1) == 0]
+        others = [f"{percent(d.share)} of {d.group_size}" for d in powers]
         others += [
             f"{percent_range(b.interval)} of {b.group_size} (extrapolated)"
             for b in groups.beyond[:1]
