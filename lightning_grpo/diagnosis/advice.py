@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Literal
 
-from lightning_grpo.dead_groups import DeadAgain
 from lightning_grpo.diagnosis.records import Advice, Diagnosis, Estimate, Groups
 from lightning_grpo.diagnosis.wording import (
     counted,
@@ -135,29 +134,15 @@ def _group_size(groups: Groups) -> Advice:
 
 
 def _prompts(found: Diagnosis, groups: Groups) -> Iterator[Advice]:
-    if groups.easy is None or groups.hard is None:
-        return
-    best = found.rewards.largest
-    tops = {True: [], False: []}  # type: dict[bool, list[str]]
-    everyone = found.prompts
-    for name, num, mean, spreads in zip(
-        everyone.names, everyone.num_rows, everyone.mean_rewards, everyone.has_spread
+    easy, hard = _flat_prompts(found, groups.group_size)
+    best = f"have the best reward, {short(found.rewards.largest)}, in all"
+    for topic, again, what, names in (
+        ("prompts too easy", groups.easy, best, easy),
+        ("prompts too hard", groups.hard, "have one reward, not the best, in all", hard),
     ):
-        if num >= groups.group_size and not spreads:
-            tops[mean >= best - 1e-6 * max(abs(best), 1e-12)].append(name)
-    sides: tuple[tuple[str, str, DeadAgain, list[str]], ...] = (
-        (
-            "prompts too easy",
-            f"have the best reward, {short(best)}, in all",
-            groups.easy,
-            tops[True],
-        ),
-        ("prompts too hard", "have one reward, not the best, in all", groups.hard, tops[False]),
-    )
-    for topic, what, again, names in sides:
-        if not again.num_dead:
+        if again is None or not names:
             continue
-        said = f"{counted(again.num_dead, 'prompt')} {what} {groups.group_size} completions"
+        said = f"{counted(len(names), 'prompt')} {what} {groups.group_size} completions"
         least = Interval(again.least, 1.0)
         if again.least > _HALF:
             text = f"drop them: {said}, and at least {percent(again.least)} of such would once more"
@@ -168,6 +153,20 @@ def _prompts(found: Diagnosis, groups: Groups) -> Iterator[Advice]:
                 f"{percent(again.least)} of such would. Score more completions before dropping any"
             )
             yield Advice(topic, "undecided", text, None, least, tuple(names))
+
+
+def _flat_prompts(found: Diagnosis, group_size: int) -> tuple[list[str], list[str]]:
+    """Prompts without spread in so many completions or more: at the best reward, and below it."""
+    rewards, prompts = found.rewards, found.prompts
+    best = rewards.largest - 1e-6 * max(abs(rewards.largest), abs(rewards.smallest))
+    flat = [
+        (name, mean)
+        for name, num, mean, spreads in zip(
+            prompts.names, prompts.num_rows, prompts.mean_rewards, prompts.has_spread
+        )
+        if num >= group_size and not spreads
+    ]
+    return [name for name, mean in flat if mean >= best], [n for n, mean in flat if mean < best]
 
 
 def _temperature(groups: Groups) -> Advice | None:

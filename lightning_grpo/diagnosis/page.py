@@ -149,7 +149,7 @@ def _prompt(prompt: PromptSample, *, is_open: bool) -> str:
         f'<details class="card prompt"{" open" if is_open else ""}>'
         f"<summary><span>{escaped(shortened(prompt.name, 120))}</span>"
         f'<span class="soft">mean {short(prompt.mean_reward)}, '
-        f"{counted(prompt.num_rows, 'completion')}</span></summary>'
+        f"{counted(prompt.num_rows, 'completion')}</span></summary>"
         f"{own}{samples}</details>"
     )
 
