@@ -160,9 +160,10 @@ def _wilson_interval(share: float, effective: float, num_groups: int, level: flo
     middle = share + z**2 / (2 * effective)
     half_width = z * math.sqrt(share * (1 - share) / effective + z**2 / (4 * effective**2))
     scale = 1 + z**2 / effective
-    return Interval(
-        max(0.0, (middle - half_width) / scale), min(1.0, (middle + half_width) / scale)
-    )
+    # Exactly so at the ends, where rounding would leave a trace.
+    low = 0.0 if share == 0 else (middle - half_width) / scale
+    high = 1.0 if share == 1 else (middle + half_width) / scale
+    return Interval(low, high)
 
 
 def _binomial_bound(least: int, num_trials: int, tail: float) -> float:

@@ -15,7 +15,6 @@ from lightning_grpo.diagnosis.wording import (
     percent,
     percent_range,
     short,
-    short_range,
 )
 from lightning_grpo.intervals import Interval
 from lightning_grpo.separability import break_even_explained_var
@@ -26,7 +25,7 @@ _HALF = 0.5
 _MANY = 0.1
 # An interval of a share that is wider says next to nothing.
 _TOO_WIDE = 0.4
-# Fewer prompts say nothing, whatever the interval.
+# Fewer prompts have no interval.
 _FEWEST_PROMPTS = 3
 
 
@@ -42,14 +41,14 @@ def advice_of(found: Diagnosis) -> list[Advice]:
     return [*_on_groups(found), *_on_rewards(found), *_on_completions(found)]
 
 
-def too_few_prompts(found: Diagnosis) -> str | None:
-    """The statement that the scores allow no statement about groups, where that is so.
+def no_statement(found: Diagnosis) -> str | None:
+    """That the scores allow no statement about groups, where that is so, and why.
 
     Args:
-        found: with its advice.
+        found: everything else of the diagnosis.
 
     Returns:
-        A sentence, or None.
+        A sentence or two, or None.
     """
     groups = found.groups
     if groups is None:
@@ -57,12 +56,17 @@ def too_few_prompts(found: Diagnosis) -> str | None:
             "Every prompt has one completion: nothing can be said about groups, what they teach, "
             "or their size. Score several completions of each prompt."
         )
+    if found.rewards.smallest == found.rewards.largest:
+        return (
+            f"All completions have the same reward, {short(found.rewards.largest)}: nothing can be "
+            "learned from it, whatever the groups are."
+        )
     dead = groups.dead[-1].interval
     if groups.num_prompts < _FEWEST_PROMPTS or dead.high - dead.low > _TOO_WIDE:
         return (
-            f"Too few prompts for any statement: {counted(groups.num_prompts, 'prompt')} with "
-            f"several completions, of which between {percent_range(dead)} may have no spread. "
-            "Score a few dozen prompts."
+            "Too few prompts for any statement about groups: of "
+            f"{counted(groups.num_prompts, 'prompt')} with several completions, "
+            f"{percent_range(dead)} may have no spread. Score a few dozen prompts."
         )
     return None
 
@@ -80,14 +84,11 @@ def _unclear(interval: Interval, line: float, what: str) -> str:
 
 def _on_groups(found: Diagnosis) -> Iterator[Advice]:
     groups = found.groups
-    if groups is None:
-        return
-    if groups.num_prompts < _FEWEST_PROMPTS:
+    if groups is None or no_statement(found) is not None:
         return
     yield _group_size(groups)
     yield from _prompts(found, groups)
-    if (temperature := _temperature(groups)) is not None:
-        yield temperature
+    yield _temperature(groups)
     yield _critic(groups)
 
 
@@ -135,23 +136,22 @@ def _group_size(groups: Groups) -> Advice:
 
 def _prompts(found: Diagnosis, groups: Groups) -> Iterator[Advice]:
     easy, hard = _flat_prompts(found, groups.group_size)
-    best = f"have the best reward, {short(found.rewards.largest)}, in all"
+    best = f"got the best reward, {short(found.rewards.largest)}, in all"
     for topic, again, what, names in (
         ("prompts too easy", groups.easy, best, easy),
-        ("prompts too hard", groups.hard, "have one reward, not the best, in all", hard),
+        ("prompts too hard", groups.hard, "got one reward, not the best, in all", hard),
     ):
         if again is None or not names:
             continue
-        said = f"{counted(len(names), 'prompt')} {what} {groups.group_size} completions"
-        least = Interval(again.least, 1.0)
+        size, least = groups.group_size, Interval(again.least, 1.0)
+        said = (
+            f"{counted(len(names), 'prompt')} {what} {size} completions; of such, at least "
+            f"{percent(again.least)} would in {size} more"
+        )
         if again.least > _HALF:
-            text = f"drop them: {said}, and at least {percent(again.least)} of such would once more"
-            yield Advice(topic, "change", text, None, least, tuple(names))
+            yield Advice(topic, "change", f"drop them: {said}", None, least, tuple(names))
         else:
-            text = (
-                f"{said}; whether they would once more is not sure: at least "
-                f"{percent(again.least)} of such would. Score more completions before dropping any"
-            )
+            text = f"{said}, which is not enough to drop them"
             yield Advice(topic, "undecided", text, None, least, tuple(names))
 
 
@@ -169,7 +169,7 @@ def _flat_prompts(found: Diagnosis, group_size: int) -> tuple[list[str], list[st
     return [name for name, mean in flat if mean >= best], [n for n, mean in flat if mean < best]
 
 
-def _temperature(groups: Groups) -> Advice | None:
+def _temperature(groups: Groups) -> Advice:
     alike = groups.alike
     topic = "temperature"
     if alike is None:
@@ -196,13 +196,17 @@ def _temperature(groups: Groups) -> Advice | None:
 
 def _critic(groups: Groups) -> Advice:
     gain, size, icc = groups.largest_gain, groups.planned_size, groups.variance.interval
-    needed = Interval(*(break_even_explained_var(end, size) for end in icc))
     text = (
         f"as a baseline of the prompt it lowers the variance by a factor {gain:.2f} at most "
-        f"(G / (G - 1) at {size}), and only if it explains more than {short_range(needed)} of the "
-        "variance of the reward. What credit per token (lambda below 1) would gain, scores do not "
-        "show"
+        f"(G / (G - 1) at {size})"
     )
+    if icc.high - icc.low < 1:
+        needed = Interval(*(max(0.0, break_even_explained_var(end, size)) for end in icc))
+        text += (
+            f", and only if it explains more than {percent_range(needed)} of the variance of the "
+            "reward"
+        )
+    text += ". What credit per token (lambda below 1) would gain, scores do not show"
     return Advice("critic", "note", text, gain, None)
 
 

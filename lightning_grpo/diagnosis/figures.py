@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from lightning_grpo.diagnosis import svg
 from lightning_grpo.diagnosis.records import Diagnosis, Groups
+from lightning_grpo.diagnosis.text import rewards_of
 from lightning_grpo.diagnosis.wording import percent, percent_range, short, short_range
 
 
@@ -104,8 +105,4 @@ def _variance(found: Diagnosis, groups: Groups) -> str:
 def _truncated(found: Diagnosis) -> str:
     if found.truncation is None:
         return ""
-    cut = found.truncation
-    return (
-        f"; {percent(cut.share.value)} cut, with mean reward {short(cut.reward_of_cut.value)}, the "
-        f"others {short(cut.reward_of_whole.value)}"
-    )
+    return f"; {percent(found.truncation.share.value)} cut{rewards_of(found.truncation)}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 from collections.abc import Iterator
 
-from lightning_grpo.diagnosis.advice import too_few_prompts
+from lightning_grpo.diagnosis.advice import no_statement
 from lightning_grpo.diagnosis.figures import figures_of
 from lightning_grpo.diagnosis.records import Advice, Diagnosis, PromptSample, Sample
 from lightning_grpo.diagnosis.style import STYLE
@@ -34,7 +34,7 @@ def to_html(found: Diagnosis) -> str:
     Returns:
         A whole HTML document.
     """
-    statement = too_few_prompts(found)
+    statement = no_statement(found)
     body = [
         "<h1>Diagnosis</h1>",
         f'<p class="soft path">{escaped(found.source)}: {found.num_completions:,} completions of '

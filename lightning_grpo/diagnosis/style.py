@@ -57,8 +57,8 @@ svg { display: block; width: 100%; height: auto; }
 svg text { fill: var(--soft); font-size: 12px; font-family: inherit; }
 .bar { fill: var(--accent); } .second { fill: var(--second); } .third { fill: var(--third); }
 .grid { stroke: var(--edge); }
-.band { fill: var(--accent); opacity: .22; }
-.beyond { fill: var(--third); opacity: .22; stroke: var(--third); stroke-dasharray: 4 3; }
+.band { fill: var(--accent); fill-opacity: .22; }
+.beyond { fill: var(--third); fill-opacity: .2; stroke: var(--third); stroke-dasharray: 4 3; }
 .line { fill: none; stroke: var(--accent); stroke-width: 2; } .dot { fill: var(--accent); }
 .limit { stroke: var(--soft); stroke-dasharray: 2 3; }
 .scroll { overflow-x: auto; }
@@ -76,7 +76,7 @@ pre {
 .reward { font-size: 13px; color: var(--soft); margin: 8px 0 -4px; }
 @media (max-width: 640px) {
   main { padding: 16px 12px 32px; }
-  .advice .card { grid-template-columns: 92px 1fr; }
+  .advice .card { grid-template-columns: auto 1fr; }
   .advice .card > :nth-child(3) { grid-column: 1 / -1; }
   .tiles { grid-template-columns: repeat(2, 1fr); }
 }

@@ -123,11 +123,12 @@ def curve(
         parts.append(
             f'<line class="limit" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
         )
-    end = -math.inf
-    for point in everything:
-        if place(point.x) - end > 24:
-            end = place(point.x)
-            parts.append(_text(end, _HEIGHT - _BOTTOM + 16, short(point.x), "middle"))
+    # Where names would run into one another, that of a power of two is there first.
+    named: list[float] = []
+    for point in sorted(everything, key=lambda p: not math.log2(p.x).is_integer()):
+        if all(abs(place(point.x) - x) > 22 for x in named):
+            named.append(place(point.x))
+            parts.append(_text(named[-1], _HEIGHT - _BOTTOM + 16, short(point.x), "middle"))
     parts.append(_axis_label(label))
     return _svg(parts, f"{y_label} over {label}")
 

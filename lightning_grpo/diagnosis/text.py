@@ -5,8 +5,8 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Iterator
 
-from lightning_grpo.diagnosis.advice import too_few_prompts
-from lightning_grpo.diagnosis.records import Advice, Diagnosis
+from lightning_grpo.diagnosis.advice import no_statement
+from lightning_grpo.diagnosis.records import Advice, Diagnosis, Truncation
 from lightning_grpo.diagnosis.wording import (
     counted,
     one_line,
@@ -34,7 +34,7 @@ def summary(found: Diagnosis, width: int = 100) -> str:
     margin = max(len(name) for name, _ in facts) + 2
     lines = [_entry(name, text, margin, width) for name, text in facts]
     lines += ["", f"advice (ranges are {percent(found.level)} intervals)"]
-    statement = too_few_prompts(found)
+    statement = no_statement(found)
     if statement is not None:
         lines.append(textwrap.fill(statement, width))
     advice = sorted_advice(found)
@@ -107,8 +107,7 @@ def facts_of(found: Diagnosis) -> Iterator[tuple[str, str]]:
         cut = found.truncation
         yield (
             "cut",
-            f"{percent(cut.share.value)} ({percent_range(cut.share.interval)}), mean reward "
-            f"{short(cut.reward_of_cut.value)}, of the others {short(cut.reward_of_whole.value)}",
+            f"{percent(cut.share.value)} ({percent_range(cut.share.interval)}){rewards_of(cut)}",
         )
     if found.parsing is not None:
         failures = found.parsing.failures
@@ -116,6 +115,14 @@ def facts_of(found: Diagnosis) -> Iterator[tuple[str, str]]:
             "no answer",
             f"{percent(failures.value)} ({percent_range(failures.interval)})",
         )
+
+
+def rewards_of(cut: Truncation) -> str:
+    """The mean rewards of completions that were cut and of the others, where there are both."""
+    if not cut.reward_of_cut.num_rows or not cut.reward_of_whole.num_rows:
+        return ""
+    rewards = short(cut.reward_of_cut.value), short(cut.reward_of_whole.value)
+    return f", with mean reward {rewards[0]}, the others {rewards[1]}"
 
 
 def _title(advice: Advice) -> str:

@@ -11,7 +11,9 @@ def percent(share: float) -> str:
     """A share as a percentage, `-` where there is none."""
     if math.isnan(share):
         return "-"
-    return f"{100 * share:.2g} %" if 0 < share < 0.01 else f"{100 * share:.0f} %"
+    if 0 < share < 0.001:
+        return "<0.1 %"
+    return f"{100 * share:.1f} %" if 0 < share < 0.01 else f"{100 * share:.0f} %"
 
 
 def percent_range(interval: Interval) -> str:
