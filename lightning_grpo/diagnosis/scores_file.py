@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Callable, Sequence
@@ -12,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_grpo.diagnosis.cells import flag, is_cut, number, optional_number, text_of
 from lightning_grpo.sources import Row, Rows, read_rows
 
 # What each column is called where its name is not given: the first that a file has.
@@ -27,8 +27,6 @@ USUAL_NAMES = {
     "truncated": ("is_truncated", "truncated", "finish_reason", "finish"),
     "parsed": ("is_parsed", "parsed"),
 }
-# Reasons to finish that mean the completion was cut, as engines write them.
-_CUT = ("length", "max_tokens", "truncated")
 
 
 @dataclass
@@ -178,67 +176,6 @@ def find_columns(rows: Sequence[Row], columns: ScoreColumns) -> dict[str, str]:
     return found
 
 
-def number(value: Any) -> float:
-    """A finite number: of JSON, a truth value, or text that is one, as a CSV file has it.
-
-    Args:
-        value: of a cell.
-
-    Returns:
-        The number.
-
-    Raises:
-        ValueError: it is none.
-    """
-    if value is None or value == "":
-        raise ValueError("it is missing")
-    if not isinstance(value, (bool, int, float, str)):
-        raise ValueError(f"a number is needed, got a {type(value).__name__}")
-    try:
-        found = float(value)
-    except (ValueError, OverflowError):
-        raise ValueError(f"a number is needed, got {str(value)[:40]!r}") from None
-    if not math.isfinite(found):
-        raise ValueError(f"a finite number is needed, got {value}")
-    return found
-
-
-def optional_number(value: Any) -> float:
-    """A finite number, or NaN where there is none."""
-    return math.nan if value is None or value == "" else number(value)
-
-
-def flag(value: Any) -> float:
-    """1 for true, 0 for false, NaN for no value; text may say true or false."""
-    text = str(value).strip().lower()
-    if value is None or text == "":
-        return math.nan
-    if text in ("true", "1", "1.0"):
-        return 1.0
-    if text in ("false", "0", "0.0"):
-        return 0.0
-    raise ValueError(f"true or false is needed, got {str(value)[:40]!r}")
-
-
-def is_cut(value: Any) -> float:
-    """1 where a completion was cut, from a truth value or from a reason to finish."""
-    try:
-        return flag(value)
-    except ValueError:
-        if not isinstance(value, str):
-            raise
-        return float(value.strip().lower() in _CUT)
-
-
-def text_of(value: Any) -> str:
-    """A prompt or a completion as text, a chat message by message."""
-    if isinstance(value, str):
-        return value
-    if isinstance(value, list) and all(isinstance(m, dict) and "content" in m for m in value):
-        return "\n".join(f"{m.get('role', '')}: {text_of(m['content'])}" for m in value)
-    return "" if value is None else json.dumps(value, ensure_ascii=False, default=str)
-
-
 def _groups(rows: Sequence[Row], found: dict[str, str]) -> tuple[list[int], list[str], list[str]]:
     """The prompt of each row, and the names and the texts of the prompts."""
     key = found.get("prompt_id", found.get("prompt", ""))
@@ -302,8 +239,8 @@ def _values(rows: Sequence[Row], column: str, read: Callable[[Any], float]) -> T
 def _scores(rows: Sequence[Row], found: dict[str, str]) -> Tensor:
     """All scores of each row, (B, K), NaN behind the last of a row."""
     column = found["score"]
-    lists = [row.get(column) for row in rows]
-    num_listed = max((len(x) for x in lists if isinstance(x, list)), default=1)
+    cells = [row.get(column) for row in rows]
+    num_listed = max([1, *(len(cell) for cell in cells if isinstance(cell, list))])
 
     def one_of(k: int) -> Callable[[Any], float]:
         def read(value: Any) -> float:

@@ -108,7 +108,8 @@ def curve(
         outline = [measured[-1], *beyond]
         parts.append(f'<polygon class="beyond" points="{_outline(outline, place, scale)}"/>')
         middle = (place(measured[-1].x) + place(beyond[-1].x)) / 2
-        parts.append(_text(middle, _TOP + 12, "extrapolated: bounds", "middle"))
+        above = _TOP + 12 if measured[-1].high < 0.8 else scale(0.05)
+        parts.append(_text(middle, above, "extrapolated: bounds", "middle"))
     parts.append(f'<polygon class="band" points="{_outline(measured, place, scale)}"/>')
     path = " ".join(f"{place(p.x):.1f},{scale(p.y):.1f}" for p in measured)
     parts.append(f'<polyline class="line" points="{path}"/>')

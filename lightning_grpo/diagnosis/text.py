@@ -131,10 +131,12 @@ def _title(advice: Advice) -> str:
 
 def _entry(name: str, text: str, margin: int, width: int) -> str:
     """A name, and a text in a column of its own."""
-    return textwrap.fill(
-        text,
+    # No line ends between a number and its sign.
+    filled = textwrap.fill(
+        text.replace(" %", "\u00a0%"),
         width=max(width, margin + 30),
         initial_indent=name.ljust(margin),
         subsequent_indent=" " * margin,
         break_long_words=False,
     )
+    return filled.replace("\u00a0", " ")
