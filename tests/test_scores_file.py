@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import math
+from pathlib import Path
 
 import pytest
 from command_lines import write_jsonl
@@ -82,7 +83,7 @@ def test_several_scores_of_a_completion_may_be_a_list():
 def test_files_are_read_compressed_and_as_csv(tmp_path):
     plain = write_jsonl(str(tmp_path / "scores.jsonl"), ROWS)
     packed = tmp_path / "scores.jsonl.gz"
-    packed.write_bytes(gzip.compress(open(plain, "rb").read()))
+    packed.write_bytes(gzip.compress(Path(plain).read_bytes()))
     table = tmp_path / "scores.csv"
     table.write_text("prompt,score,is_truncated,gold\n1+1=,1,false,\n2+2=,0,True,2\n1+1=,0.0,,1\n")
     expected = read_scores(ROWS).rewards.tolist()

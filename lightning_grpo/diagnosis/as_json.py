@@ -20,7 +20,7 @@ def to_json(found: Diagnosis) -> str:
     Returns:
         The text.
     """
-    return json.dumps(_plain(found), indent=2, allow_nan=False, ensure_ascii=False) + "\n"
+    return json.dumps(_plain(found), indent=2, allow_nan=False) + "\n"
 
 
 def _plain(value: Any) -> Any:
