@@ -118,7 +118,12 @@ def _group_size(groups: Groups) -> Advice:
         verdict = "change"
         larger = [b for b in groups.beyond if b.group_size > size]
         helpful = [b for b in larger if b.interval.low < _HALF]
-        if helpful:
+        if helpful and helpful[0].group_size > 2 * size:
+            text = (
+                f"{said}, and could fall below half only from {helpful[0].group_size} on "
+                f"({percent_range(helpful[0].interval)} there, extrapolated). Change the prompts"
+            )
+        elif helpful:
             text = (
                 f"{said}. Try {helpful[0].group_size}: {percent_range(helpful[0].interval)} "
                 "would have none (extrapolated), or change the prompts"

@@ -19,7 +19,7 @@ def percent(share: float) -> str:
 def percent_range(interval: Interval) -> str:
     """An interval of a share, such as 12 to 34 %."""
     low, high = (percent(end).removesuffix(" %") for end in interval)
-    return f"{low} to {high} %"
+    return f"{low} %" if low == high else f"{low} to {high} %"
 
 
 def short(number: float) -> str:
