@@ -89,7 +89,7 @@ def clustered_share_interval(counts: Tensor, sizes: Tensor, *, level: float = 0.
     squares = float((k - padded * size).square().sum())
     squares += 0.25 * (padded**2 + (1 - padded) ** 2)
     variance = squares / (num_padded - 1) / num_padded
-    return _wilson_interval(share, padded * (1 - padded) / variance, num_groups, level)
+    return _wilson_interval(share, padded * (1 - padded) / variance, num_groups - 1, level)
 
 
 def jackknife_interval(estimate: Tensor, left_out: Tensor, *, level: float = 0.9) -> Interval:
@@ -154,9 +154,9 @@ def check_level(level: float) -> None:
         raise ValueError(f"level is {level}; it must lie between 0 and 1")
 
 
-def _wilson_interval(share: float, effective: float, num_groups: int, level: float) -> Interval:
+def _wilson_interval(share: float, effective: float, num_free: int, level: float) -> Interval:
     """Wilson's score interval of a share that says as much as so many independent trials."""
-    z = student_quantile((1 + level) / 2, num_groups - 1)
+    z = student_quantile((1 + level) / 2, num_free)
     middle = share + z**2 / (2 * effective)
     half_width = z * math.sqrt(share * (1 - share) / effective + z**2 / (4 * effective**2))
     scale = 1 + z**2 / effective
