@@ -15,6 +15,7 @@ from jsonargparse import ArgumentParser
 TOOLS = {
     "memory": "lightning_grpo.tools.memory",
     "benchmark": "lightning_grpo.tools.benchmark",
+    "diagnose": "lightning_grpo.tools.diagnose",
     "export_critic": "lightning_grpo.tools.export_critic",
     "export": "lightning_grpo.tools.export",
     "convert": "lightning_grpo.tools.convert",

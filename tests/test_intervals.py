@@ -7,7 +7,12 @@ import math
 import pytest
 import torch
 
-from lightning_grpo.intervals import binomial_interval, jackknife_interval, student_quantile
+from lightning_grpo.intervals import (
+    binomial_interval,
+    clustered_share_interval,
+    jackknife_interval,
+    student_quantile,
+)
 
 
 def tail(n: int, p: float, counts: range) -> float:
@@ -66,6 +71,70 @@ def test_impossible_counts_and_levels_are_refused():
             binomial_interval(1, 2, level=level)
         with pytest.raises(ValueError, match="level is"):
             jackknife_interval(torch.tensor(1.0), torch.ones(4), level=level)
+
+
+def share_interval(counts, sizes, **options):
+    return clustered_share_interval(torch.tensor(counts), torch.tensor(sizes), **options)
+
+
+def test_the_interval_of_a_share_over_groups_by_hand():
+    # Five groups of 4 with 1, 1, 2, 4 and 2: share 1/2. With the padding 5.5 groups, share 1/2,
+    # squares (1/4)^2 + (1/4)^2 + 0 + (1/2)^2 + 0 + 2 * 1/4 * 1/4 = 1/2, variance 1/2 / 4.5 / 5.5.
+    n = 0.25 * 4.5 * 5.5 / 0.5
+    t = 2.1318
+    half = t * math.sqrt(0.25 / n + t * t / (4 * n * n)) / (1 + t * t / n)
+    found = share_interval([1.0, 1, 2, 4, 2], [4.0, 4, 4, 4, 4], level=0.9)
+    assert found == pytest.approx((0.5 - half, 0.5 + half), abs=1e-3)
+    # What counts is the part of the total, not the unit, and groups without a size do not.
+    scaled = share_interval([10.0, 10, 0, 20, 40, 20], [40.0, 40, 0, 40, 40, 40], level=0.9)
+    assert scaled == pytest.approx(found, rel=1e-12)
+
+
+def test_groups_that_are_alike_inside_say_as_much_as_one_row_each():
+    rows = share_interval([1.0] * 12 + [0.0] * 28, [1.0] * 40)
+    groups = share_interval([8.0] * 12 + [0.0] * 28, [8.0] * 40)
+    assert groups == pytest.approx(rows, rel=1e-12)
+    low, high = binomial_interval(12, 40)
+    assert low < groups.low < low + 0.03 and high - 0.03 < groups.high < high
+    mixed = share_interval([2.0, 3] * 20, [8.0] * 40)  # alike among groups: much is known
+    assert mixed.high - mixed.low < 0.05
+
+
+def test_a_share_of_none_or_all_is_not_certain():
+    low, high = share_interval([0.0] * 40, [3.0] * 40, level=0.95)
+    assert low == 0.0 and 0.04 < high < 0.11
+    low, high = share_interval([3.0] * 40, [3.0] * 40, level=0.95)
+    assert 0.89 < low < 0.96 and high == 1.0
+    # Hardly anything in one group must not look like certainty about all others.
+    assert share_interval([0.01] + [0.0] * 39, [1.0] * 40, level=0.95).high > 0.03
+    for counts, sizes in (([], []), ([1.0, 0.0], [2.0, 2.0]), ([1.0, 0, 0], [1.0, 2, 0])):
+        assert share_interval(counts, sizes) == (0.0, 1.0)
+
+
+@pytest.mark.parametrize("concentration", [0.5, 4.0])
+def test_the_interval_of_a_share_covers_it_as_often_as_it_says(concentration):
+    torch.manual_seed(6)
+    sizes = torch.tensor([2, 4, 6, 8] * 8).double()
+    law = torch.distributions.Beta(concentration, 3 * concentration)
+    hits = 0
+    for _ in range(1000):
+        counts = torch.binomial(sizes, law.sample((32,)).double())
+        low, high = clustered_share_interval(counts, sizes, level=0.95)
+        hits += low <= 0.25 <= high
+    assert 0.93 <= hits / 1000 <= 0.97
+
+
+def test_counts_beyond_their_sizes_are_refused():
+    for counts, sizes in (
+        ([2.0], [1.0]),
+        ([-1.0], [1.0]),
+        ([1.0, 1.0], [1.0]),
+        ([math.nan], [1.0]),
+    ):
+        with pytest.raises(ValueError, match="counts must be"):
+            share_interval(counts, sizes)
+    with pytest.raises(ValueError, match="level is"):
+        share_interval([0.0], [1.0], level=1.0)
 
 
 def test_quantiles_of_student_as_tables_have_them():

@@ -19,7 +19,7 @@ LAYERS = [
     {"types", "paths", "kernels"},
     {
         *("masking", "logprobs", "kl", "advantages", "losses", "intervals", "separability"),
-        *("gae", "whitening", "value_loss"),
+        *("gae", "whitening", "value_loss", "dead_groups", "spread_search", "reward_quality"),
         *("gradient_sums", "gradient_quality", "allocation", "shadow_critic"),
     },
     {"algorithms"},
@@ -40,7 +40,7 @@ LAYERS = [
         *("memory", "critic_export", "choices", "building", "levelling", "importing", "export"),
         *("optimization", "sharding", "startup", "adapters", "critic", "forward", "lifecycle"),
         *("checkpoints", "saved_run", "stages", "evidence", "switching"),
-        *("resume", "queue", "json_lines", "checkpoint_paths"),
+        *("resume", "queue", "json_lines", "checkpoint_paths", "diagnosis"),
     },
     {"callbacks"},
     {"cli", "console", "run_files", "tool_commands", "tools", "conf", "__main__", "benchmark"},
@@ -51,6 +51,8 @@ UNPICKLER_NEEDS = {"pickle.Unpickler", "pickle.UnpicklingError"}
 PURE = {
     *("masking", "logprobs", "kl", "advantages", "losses", "intervals", "separability"),
     *("gae", "whitening", "value_loss"),
+    *("gradient_sums", "gradient_quality", "allocation", "shadow_critic"),
+    *("gae", "whitening", "value_loss", "dead_groups", "spread_search", "reward_quality"),
     *("gradient_sums", "gradient_quality", "allocation", "shadow_critic"),
 }
 

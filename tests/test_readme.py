@@ -10,6 +10,7 @@ from types import ModuleType
 
 import pytest
 import torch
+from command_lines import run, write_jsonl
 from runs import make_data, make_module, make_trainer
 
 from lightning_grpo.critic import CriticSettings
@@ -90,6 +91,21 @@ def test_the_python_program_of_the_readme_runs(tmp_path, monkeypatch):
     program = module_of("train.py", tmp_path, monkeypatch)
     assert program.trainer.global_step == 2
     assert program.module.counters.iterations == 2
+
+
+def test_the_scores_of_the_readme_are_diagnosed(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    rows = [
+        {"prompt": f"{i}=", "completion": str(i % 3 and k), "answer": "0"}
+        for i in range(24)
+        for k in range(4)
+    ]
+    write_jsonl("predictions.jsonl", rows)
+    module_of("my_scores.py", tmp_path, monkeypatch)
+    command = re.search(r"python -m lightning_grpo (diagnose --scores .*)", README)
+    run(*command[1].split())
+    assert "groups of 4" in capsys.readouterr().out
+    assert (tmp_path / "diagnosis/diagnosis.html").exists()
 
 
 def test_every_file_that_the_readme_names_exists():

@@ -1,0 +1,1 @@
+"""What scored completions say of a training before it is started: see `tools/diagnose.py`."""
