@@ -16,7 +16,7 @@ FOLDERS = {"callbacks": ROOT / "callbacks", "conf": ROOT / "conf", "tools": ROOT
 
 # Each layer imports from itself and from those before it. A name is a module or a folder.
 LAYERS = [
-    {"types", "paths"},
+    {"types", "paths", "redaction"},
     {
         *("masking", "logprobs", "kl", "advantages", "losses", "intervals", "separability"),
         *("gae", "whitening", "value_loss"),

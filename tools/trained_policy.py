@@ -26,6 +26,8 @@ class Trained(NamedTuple):
     tokenizer: PreTrainedTokenizerBase
     run: Namespace | None
     """Configuration of the run; None where a transformers folder says nothing of one."""
+    place: str = ""
+    """Of the checkpoint that was opened."""
 
 
 def load_trained(ckpt_path: str, config: str | None = None) -> Trained:
@@ -66,7 +68,7 @@ def load_trained(ckpt_path: str, config: str | None = None) -> Trained:
     if is_base_kept and frozen_reference_hash(policy) != reference["sha256"]:
         raise ValueError("model.name_or_path does not hold the base that the run was trained on")
     fill(policy, source)
-    return Trained(policy.eval(), tokenizer, run)
+    return Trained(policy.eval(), tokenizer, run, source.place)
 
 
 def load_exported(name_or_path: str) -> Trained:
