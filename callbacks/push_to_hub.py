@@ -27,6 +27,7 @@ _OF_RANKS = {
     *("MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID"),
 }
 _STOPPING_S = 10.0
+_NICENESS = 10  # the run comes first
 
 
 @dataclass
@@ -172,7 +173,7 @@ class PushToHub(L.Callback):
             )
         self.waiting, self.running = None, push
         with contextlib.suppress(OSError):
-            os.setpriority(os.PRIO_PROCESS, self._process.pid, 10)
+            os.setpriority(os.PRIO_PROCESS, self._process.pid, _NICENESS)
 
     def command(self, push: Push) -> list[str]:
         """The command that sends a checkpoint, word by word."""

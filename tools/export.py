@@ -26,7 +26,7 @@ from lightning_grpo.saved_run import KEY, read_checkpoint
 from lightning_grpo.sources import read_rows
 from lightning_grpo.tools.convert import convert_quietly
 from lightning_grpo.tools.generate import format_of
-from lightning_grpo.tools.trained_policy import Trained, load_trained
+from lightning_grpo.tools.trained_policy import Trained, config_of, load_trained
 
 _NUM_SAMPLE_PROMPTS = 4
 _KINDS: dict[str, Literal["transformers", "peft"]] = {"merged": "transformers", "adapter": "peft"}
@@ -102,7 +102,7 @@ def export(
         load_base = (lambda: base_of(trained)) if form == "adapter" else None
         prompts = sample_prompts(trained)
         proof = prove(folder, trained.policy, trained.tokenizer, prompts, load_base=load_base)
-        describe(folder, trained, form, proof, command_of(options))
+        describe(folder, trained.place, options, proof)
         print("\n".join([f"compared with {ckpt_path}:", *proof.as_lines()]))
         if target is not None and not is_written:
             if target.is_dir():
@@ -198,25 +198,21 @@ def base_of(trained: Trained) -> nn.Module:
     return policy.causal_lm
 
 
-def describe(
-    folder: Path, trained: Trained, form: str, proof: Proof, command: list[str]
-) -> None:
+def describe(folder: Path, checkpoint: str, options: dict[str, Any], proof: Proof) -> None:
     """Write the card of an exported folder.
 
     Args:
         folder: of the export.
-        trained: with the configuration of the run.
-        form: of the export.
+        checkpoint: that was opened.
+        options: of `export`, by name.
         proof: of the folder.
-        command: that makes it.
     """
-    assert trained.run is not None
-    state = read_checkpoint(Path(trained.place))
+    state = read_checkpoint(Path(checkpoint))
     record = state[KEY]
-    run_dir = run_dir_of(Path(trained.place))
+    run_dir = run_dir_of(Path(checkpoint))
     text = card_text(
-        form=form,
-        options=plain({k: v for k, v in trained.run.as_dict().items() if k != "config"}),
+        form=options["form"],
+        options=config_of(checkpoint, options["config"]),
         about={
             "stage": record["stage"],
             "optimizer_steps": record["counters"]["optimizer_steps"],
@@ -226,7 +222,7 @@ def describe(
         step=state["global_step"],
         rows=read_rows_of_metrics(None if run_dir is None else run_dir / "metrics.csv"),
         proof=proof.as_lines(),
-        command=command,
+        command=command_of(options),
     )
     (folder / CARD).write_text(text, encoding="utf-8")
 
@@ -241,12 +237,3 @@ def sample_prompts(trained: Trained) -> list[list[int]]:
         return prepare_prompts(first, format_of(trained), trained.tokenizer).prompt_ids
     except (ValueError, OSError):  # the data of the run need not be where the checkpoint is
         return []
-
-
-def plain(tree: Any) -> Any:
-    """A configuration in which everything is a plain value."""
-    if isinstance(tree, dict):
-        return {str(key): plain(value) for key, value in tree.items()}
-    if isinstance(tree, (list, tuple)):
-        return [plain(value) for value in tree]
-    return tree if tree is None or isinstance(tree, (bool, int, float, str)) else str(tree)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 from typing import Any, NamedTuple
 
 import torch
+import yaml
 from jsonargparse import Namespace
 from transformers import PreTrainedTokenizerBase
 
@@ -17,6 +19,8 @@ from lightning_grpo.run_files import newest_config, run_dir_of
 from lightning_grpo.saved_run import KEY, read_checkpoint
 from lightning_grpo.tokenizing import load_tokenizer
 from lightning_grpo.tools.run_config import lora_of, read_run_config
+
+_SECTIONS = ("seed_everything", "model", "data", "rollout")
 
 
 class Trained(NamedTuple):
@@ -93,7 +97,29 @@ def run_of(checkpoint: str, config: str | None) -> Namespace:
         config: a file that counts instead.
 
     Returns:
-        The sections of `fit`.
+        The sections of `fit`; those that a policy does not depend on have their defaults.
+
+    Raises:
+        ValueError: none is beside the checkpoint.
+    """
+    content = config_of(checkpoint, config)
+    # What is not asked for here, such as reward functions, need not be where the checkpoint is.
+    kept = {name: content[name] for name in _SECTIONS if name in content}
+    with NamedTemporaryFile("w", suffix=".yaml") as file:
+        yaml.safe_dump(kept | {"reward": {"functions": []}}, file)
+        file.flush()
+        return read_run_config(["--config", file.name])
+
+
+def config_of(checkpoint: str, config: str | None) -> dict[str, Any]:
+    """The configuration of the run that wrote a checkpoint, as plain values.
+
+    Args:
+        checkpoint: path in a run's folder, if `config` is None.
+        config: a file that counts instead.
+
+    Returns:
+        Section -> options; nothing that they name is imported.
 
     Raises:
         ValueError: none is beside the checkpoint.
@@ -106,7 +132,10 @@ def run_of(checkpoint: str, config: str | None) -> Namespace:
                 f"there is no configuration beside {checkpoint}: name it with --config"
             )
         config = str(found)
-    return read_run_config(["--config", config])
+    content = yaml.safe_load(Path(resolve_package_path(config)).read_text(encoding="utf-8"))
+    if not isinstance(content, dict):
+        raise ValueError(f"{config} is no configuration of a run")
+    return content
 
 
 @torch.no_grad()
