@@ -6,6 +6,7 @@ import inspect
 import sys
 from collections.abc import Callable, Collection, Sequence
 from importlib import import_module
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -72,7 +73,7 @@ def with_flags(options: Sequence[str], function: Callable[..., Any]) -> list[str
     """
     hints = get_type_hints(function)
     found: list[str] = []
-    for word, following in zip(options, [*options[1:], "--"], strict=True):
+    for word, following in pairwise([*options, "--"]):
         option, equals, value = word.partition("=")
         name = option[2:].replace("-", "_") if option.startswith("--") else ""
         found.append(f"--{name}{equals}{value}" if name in hints else word)

@@ -20,6 +20,7 @@ from lightning_grpo.adapters import Lora
 from lightning_grpo.export.card import block, card_text, code, front_matter
 from lightning_grpo.export.proof import ExportMismatchError
 
+
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty folder to work in."""

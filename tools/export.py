@@ -1,4 +1,4 @@
-"""export: the policy of a checkpoint as a folder of transformers or peft, proved, and on the Hub."""
+"""export: the policy of a checkpoint as a folder of transformers or peft, proved, and to the Hub."""
 
 from __future__ import annotations
 

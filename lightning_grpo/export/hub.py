@@ -142,8 +142,9 @@ def _is_same(path: Path, entry: Any) -> bool:
     if entry is None or entry.size != path.stat().st_size:
         return False
     if entry.lfs is not None:
-        return _digest(path, hashlib.sha256()) == entry.lfs.sha256
-    return _digest(path, hashlib.sha1(b"blob %d\0" % entry.size)) == entry.blob_id  # as git does
+        return _digest(path, hashlib.sha256()) == str(entry.lfs.sha256)
+    as_git = hashlib.sha1(b"blob %d\0" % entry.size)
+    return _digest(path, as_git) == str(entry.blob_id)
 
 
 def _digest(path: Path, digest: Any) -> str:
