@@ -1,4 +1,4 @@
-"""export: the policy of a checkpoint as a folder of transformers or peft, proved, and to the Hub."""
+"""export: the policy or critic of a checkpoint as a folder that proves itself, and to the Hub."""
 
 from __future__ import annotations
 
