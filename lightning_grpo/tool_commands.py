@@ -18,7 +18,6 @@ from lightning_grpo.redaction import refuse_secrets
 TOOLS = {
     "memory": "lightning_grpo.tools.memory",
     "benchmark": "lightning_grpo.tools.benchmark",
-    "export_critic": "lightning_grpo.tools.export_critic",
     "export": "lightning_grpo.tools.export",
     "convert": "lightning_grpo.tools.convert",
     "generate": "lightning_grpo.tools.generate",

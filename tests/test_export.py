@@ -16,6 +16,7 @@ from saved_runs import ARCHITECTURES, write_model, write_run
 from transformers import AutoModelForCausalLM, pipeline
 
 import lightning_grpo.tools.export as tool
+import lightning_grpo.tools.export_forms as forms
 from lightning_grpo.adapters import Lora
 from lightning_grpo.export.card import block, card_text, code, front_matter
 from lightning_grpo.export.proof import ExportMismatchError
@@ -70,7 +71,7 @@ def test_an_export_that_is_not_the_policy_fails_and_leaves_nothing(
     char_model: str, here: Path, monkeypatch
 ):
     path = write_run(char_model)
-    write = tool.convert_quietly
+    write = forms.convert_quietly
 
     def damage(source: str, out: str, *args: Any, **kwargs: Any) -> list[str]:
         lines = write(source, out, *args, **kwargs)
@@ -80,7 +81,7 @@ def test_an_export_that_is_not_the_policy_fails_and_leaves_nothing(
         save_file(tensors, file, metadata={"format": "pt"})
         return lines
 
-    monkeypatch.setattr(tool, "convert_quietly", damage)
+    monkeypatch.setattr(forms, "convert_quietly", damage)
     with pytest.raises(ExportMismatchError, match="is not the policy"):
         tool.export(path, "out")
     assert sorted(p.name for p in here.iterdir()) == ["run", "train.jsonl", "val.jsonl"]
@@ -88,7 +89,7 @@ def test_an_export_that_is_not_the_policy_fails_and_leaves_nothing(
 
 def test_a_tokenizer_with_another_end_is_found(char_model: str, here: Path, monkeypatch):
     path = write_run(char_model)
-    write = tool.convert_quietly
+    write = forms.convert_quietly
 
     def change(source: str, out: str, *args: Any, **kwargs: Any) -> list[str]:
         lines = write(source, out, *args, **kwargs)
@@ -97,7 +98,7 @@ def test_a_tokenizer_with_another_end_is_found(char_model: str, here: Path, monk
         file.write_text(json.dumps(content | {"eos_token": content["pad_token"]}))
         return lines
 
-    monkeypatch.setattr(tool, "convert_quietly", change)
+    monkeypatch.setattr(forms, "convert_quietly", change)
     with pytest.raises(ExportMismatchError, match="eos_token_id"):
         tool.export(path, "out")
 

@@ -36,7 +36,7 @@ LAYERS = [
         ),
         *("data", "replay", "scoring", "rollout", "snapshot", "reference", "nonfinite", "update"),
         *("run_state", "evaluation", "metrics", "module", "distributed", "hooks"),
-        *("memory", "critic_export", "choices", "building", "levelling", "importing", "export"),
+        *("memory", "choices", "building", "levelling", "importing", "export"),
         *("optimization", "sharding", "startup", "adapters", "critic", "forward", "lifecycle"),
         *("checkpoints", "saved_run", "stages", "evidence", "switching"),
     },
