@@ -11,6 +11,7 @@ from lightning_grpo.callbacks.health import HealthWarnings
 from lightning_grpo.callbacks.kl import KLMonitor
 from lightning_grpo.callbacks.predictions import PredictionWriter
 from lightning_grpo.callbacks.progress import IterationProgress
+from lightning_grpo.callbacks.push_to_hub import PushToHub
 from lightning_grpo.callbacks.replay import InnerEpochReplay
 from lightning_grpo.callbacks.reward import RewardScoring
 from lightning_grpo.callbacks.rollout import RolloutGeneration
@@ -29,6 +30,7 @@ __all__ = [
     "IterationProgress",
     "KLMonitor",
     "PredictionWriter",
+    "PushToHub",
     "RewardScoring",
     "RolloutGeneration",
     "RunSummary",

@@ -40,11 +40,13 @@ from lightning_grpo.console import (
     error_text,
     is_mendable,
     quiet_libraries,
+    redact_tracebacks,
 )
 from lightning_grpo.data import PromptDataModule
 from lightning_grpo.distributed import TrainingStopped
 from lightning_grpo.module import GRPOModule
 from lightning_grpo.paths import resolve_package_path
+from lightning_grpo.redaction import refuse_secrets
 from lightning_grpo.run_files import (
     Run,
     choose_run_dir,
@@ -119,6 +121,7 @@ class GRPOCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Find the checkpoint and the run's folder before anything is made."""
         config = self.config[self.subcommand]
+        refuse_secrets(config.as_dict())
         run = Run(**config.run.as_dict())
         if run.num_threads is not None:
             torch.set_num_threads(run.num_threads)
@@ -254,6 +257,7 @@ def main(args: Sequence[str] | None = None) -> None:
         args: without the program's name; those of the process when None.
     """
     quiet_libraries()
+    redact_tracebacks()
     try:
         given = list(sys.argv[1:] if args is None else args)
         if given and given[0] in TOOLS:

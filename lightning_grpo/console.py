@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 import traceback
 import warnings
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 from transformers.utils import logging as transformers_logging
 
+from lightning_grpo.redaction import redacted
 from lightning_grpo.rewards.scorer import RewardError
 
 # Set to anything, it shows where an error came from that is otherwise one line.
@@ -46,7 +48,14 @@ def error_text(error: Exception) -> str:
     lines = [f"tip: {TRACEBACK_VARIABLE}=1 shows where it was raised", f"error: {error}"]
     if isinstance(error, RewardError) and error.__cause__ is not None:
         lines.insert(0, "".join(traceback.format_exception(error.__cause__)).rstrip())
-    return "\n".join(lines)
+    return redacted("\n".join(lines))
+
+
+def redact_tracebacks() -> None:
+    """Keep secrets out of the traceback that ends this process."""
+    sys.excepthook = lambda kind, error, trace: print(
+        redacted("".join(traceback.format_exception(kind, error, trace))), end="", file=sys.stderr
+    )
 
 
 def quiet_libraries() -> None:

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from importlib import import_module
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from jsonargparse import ArgumentParser
+
+from lightning_grpo.redaction import refuse_secrets
 
 # Subcommand -> module that holds the function of that name.
 TOOLS = {
     "memory": "lightning_grpo.tools.memory",
     "benchmark": "lightning_grpo.tools.benchmark",
     "diagnose": "lightning_grpo.tools.diagnose",
-    "export_critic": "lightning_grpo.tools.export_critic",
     "export": "lightning_grpo.tools.export",
     "convert": "lightning_grpo.tools.convert",
     "generate": "lightning_grpo.tools.generate",
@@ -53,8 +55,31 @@ def run_tool(args: Sequence[str], fit_sections: Collection[str]) -> None:
     if options and not options[0].startswith("-"):  # the first parameter needs no name
         options = [f"--{next(iter(inspect.signature(function).parameters))}", *options]
     parser.add_function_arguments(function, skip=set(keywords), sub_configs=False)
-    parsed = parser.instantiate_classes(parser.parse_args(options))
-    function(**parsed, **keywords)
+    parsed = parser.parse_args(with_flags(options, function))
+    given = {f"--{option}": value for option, value in parsed.as_dict().items()}
+    refuse_secrets(given | {"the command line": keywords.get("overrides")})
+    function(**parser.instantiate_classes(parsed), **keywords)
+
+
+def with_flags(options: Sequence[str], function: Callable[..., Any]) -> list[str]:
+    """Let an option that is on or off stand without a value, and be spelled with hyphens.
+
+    Args:
+        options: a command line.
+        function: whose parameters these options are.
+
+    Returns:
+        The command line as the parser takes it: `--dry-run` is `--dry_run true`.
+    """
+    hints = get_type_hints(function)
+    found: list[str] = []
+    for word, following in pairwise([*options, "--"]):
+        option, equals, value = word.partition("=")
+        name = option[2:].replace("-", "_") if option.startswith("--") else ""
+        found.append(f"--{name}{equals}{value}" if name in hints else word)
+        if hints.get(name) is bool and not equals and following.startswith("--"):
+            found.append("true")
+    return found
 
 
 def split_overrides(

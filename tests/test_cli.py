@@ -17,6 +17,8 @@ from saved import read_saved
 
 from lightning_grpo.cli import SECTIONS, with_config
 from lightning_grpo.run_files import Run, find_checkpoint
+from lightning_grpo.tool_commands import with_flags
+from lightning_grpo.tools.export import export
 
 REPOSITORY = Path(__file__).parent.parent
 VERSION_0 = Path("runs/small/version_0")
@@ -480,3 +482,12 @@ def test_processes_that_the_trainer_does_not_count_are_refused(char_model, monke
     with pytest.raises(SystemExit) as stop:
         run("fit", "--config", write_config(char_model))
     assert "2 processes were launched, but the Trainer has 1" in str(stop.value.code)
+
+
+def test_an_option_of_a_tool_may_be_spelled_with_hyphens_and_stand_alone_when_it_is_on():
+    assert with_flags([], export) == []
+    given = ["--ckpt-path", "a-b", "--dry-run", "--push-to-hub=me/a-b", "--public"]
+    expected = ["--ckpt_path", "a-b", "--dry_run", "true", "--push_to_hub=me/a-b"]
+    assert with_flags(given, export) == [*expected, "--public", "true"]
+    assert with_flags(["--public", "false"], export) == ["--public", "false"]
+    assert with_flags(["--no-such", "x"], export) == ["--no-such", "x"]

@@ -3,90 +3,24 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from command_lines import run, write_config
+import yaml
+from command_lines import run
 from peft import AutoPeftModelForCausalLM
 from safetensors.torch import load_file, save_file
 from saved import read_saved
-from transformers import (
-    AutoModelForCausalLM,
-    Gemma2Config,
-    GPT2Config,
-    LlamaConfig,
-    PreTrainedConfig,
-    Qwen2Config,
-    Qwen3Config,
-    pipeline,
-)
+from saved_runs import ARCHITECTURES, write_model, write_run
+from transformers import AutoModelForCausalLM, pipeline
 
 import lightning_grpo.tools.export as tool
+import lightning_grpo.tools.export_forms as forms
 from lightning_grpo.adapters import Lora
-from lightning_grpo.checkpoints.io import FolderCheckpointIO
-from lightning_grpo.export.card import fenced, literal, redacted
+from lightning_grpo.export.card import block, card_text, code, front_matter
 from lightning_grpo.export.proof import ExportMismatchError
-from lightning_grpo.policy import load_policy
-from lightning_grpo.tokenizing import load_tokenizer
-
-SIZES: dict[str, Any] = {
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "head_dim": 16,
-    "max_position_embeddings": 128,
-}
-GPT2_SIZES: dict[str, Any] = {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 128}
-ARCHITECTURES: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
-    "llama": (LlamaConfig, SIZES),
-    "qwen2": (Qwen2Config, SIZES),
-    "qwen3": (Qwen3Config, SIZES),
-    "gemma2": (Gemma2Config, SIZES),
-    "gpt2": (GPT2Config, GPT2_SIZES),
-}
-
-
-def write_model(name: str, char_model: str, folder: Path, *, is_tied: bool) -> str:
-    """A model of another architecture with the tokenizer of the small one."""
-    kind, sizes = ARCHITECTURES[name]
-    tokenizer = load_tokenizer(char_model)
-    config = kind(
-        **sizes,
-        vocab_size=len(tokenizer),
-        tie_word_embeddings=is_tied,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-    for file in Path(char_model).glob("token*.json"):
-        shutil.copy(file, folder)
-    return str(folder)
-
-
-def write_run(model: str, *, lora: Lora | None = None) -> str:
-    """A run's folder with the checkpoint of a policy that has moved away from its model."""
-    adapters = {"lora": {"rank": lora.rank, "alpha": lora.alpha}} if lora else {}
-    write_config(model, model={"name_or_path": model, **adapters})
-    Path("run/checkpoints").mkdir(parents=True)
-    Path("config.yaml").rename("run/config.yaml")
-    policy = load_policy(model, num_tokens=len(load_tokenizer(model)), lora=lora)
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in policy.trainable().values():
-            parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.1)
-    state = {f"policy.{n}": t for n, t in policy.state_dict().items() if not lora or "lora_" in n}
-    counters = {"iterations": 2, "optimizer_steps": 4, "completions": 16, "tokens": 64}
-    record = {"counters": counters, "stage": "grpo", "is_lora": lora is not None, "reference": {}}
-    content = {"state_dict": state, "lightning_grpo": record, "global_step": 4}
-    FolderCheckpointIO().save_checkpoint(content, "run/checkpoints/last-000004")
-    return "run/checkpoints/last"
 
 
 @pytest.fixture
@@ -138,7 +72,7 @@ def test_an_export_that_is_not_the_policy_fails_and_leaves_nothing(
     char_model: str, here: Path, monkeypatch
 ):
     path = write_run(char_model)
-    write = tool.convert_quietly
+    write = forms.convert_quietly
 
     def damage(source: str, out: str, *args: Any, **kwargs: Any) -> list[str]:
         lines = write(source, out, *args, **kwargs)
@@ -148,7 +82,7 @@ def test_an_export_that_is_not_the_policy_fails_and_leaves_nothing(
         save_file(tensors, file, metadata={"format": "pt"})
         return lines
 
-    monkeypatch.setattr(tool, "convert_quietly", damage)
+    monkeypatch.setattr(forms, "convert_quietly", damage)
     with pytest.raises(ExportMismatchError, match="is not the policy"):
         tool.export(path, "out")
     assert sorted(p.name for p in here.iterdir()) == ["run", "train.jsonl", "val.jsonl"]
@@ -156,7 +90,7 @@ def test_an_export_that_is_not_the_policy_fails_and_leaves_nothing(
 
 def test_a_tokenizer_with_another_end_is_found(char_model: str, here: Path, monkeypatch):
     path = write_run(char_model)
-    write = tool.convert_quietly
+    write = forms.convert_quietly
 
     def change(source: str, out: str, *args: Any, **kwargs: Any) -> list[str]:
         lines = write(source, out, *args, **kwargs)
@@ -165,7 +99,7 @@ def test_a_tokenizer_with_another_end_is_found(char_model: str, here: Path, monk
         file.write_text(json.dumps(content | {"eos_token": content["pad_token"]}))
         return lines
 
-    monkeypatch.setattr(tool, "convert_quietly", change)
+    monkeypatch.setattr(forms, "convert_quietly", change)
     with pytest.raises(ExportMismatchError, match="eos_token_id"):
         tool.export(path, "out")
 
@@ -181,8 +115,11 @@ def test_a_dry_run_writes_nothing_and_a_full_folder_is_not_overwritten(
     char_model: str, here: Path, capsys
 ):
     path = write_run(char_model)
-    run("export", "--ckpt_path", path, "--out", "out", "--dry_run", "true")
-    assert "would write out" in capsys.readouterr().out
+    run("export", "--ckpt_path", path, "--out", "out", "--dry-run", "--max-shard-gb", "0.00005")
+    said = capsys.readouterr().out
+    assert "would write out" in said
+    for name in ("model-00002-of-", "model.safetensors.index.json", "config.json", "README.md"):
+        assert f"\n  {name}" in said
     assert not Path("out").exists()
     Path("out").mkdir()
     Path("out/mine.txt").write_text("kept")
@@ -191,19 +128,67 @@ def test_a_dry_run_writes_nothing_and_a_full_folder_is_not_overwritten(
     assert Path("out/mine.txt").read_text() == "kept"
 
 
-def test_the_card_has_the_proof_and_no_secret(char_model: str, here: Path, monkeypatch):
-    canary = "hf_" + "CanaryCanary123"
-    monkeypatch.setenv("HF_TOKEN", canary)
-    monkeypatch.setattr("sys.argv", ["x", "export", "--note", canary, "--token=abc"])
-    tool.export(write_run(char_model), "out")
+def test_the_card_has_data_configuration_curves_evaluation_proof_and_command(
+    char_model: str, here: Path
+):
+    tool.export(write_run(char_model), "out", max_shard_gb=1.0)
     card = Path("out/README.md").read_text()
-    assert "KL of the next-token distributions" in card
-    assert "optimizer steps: `4`" in card
-    assert "--token=<secret>" in card
-    assert all(canary.encode() not in p.read_bytes() for p in Path("out").iterdir())
+    _, front, body = card.split("---\n", 2)
+    assert yaml.safe_load(front) == {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["lightning_grpo", "reinforcement-learning"],
+    }
+    for line in (
+        "- training data: `train.jsonl`",
+        "- validation data: `val.jsonl`",
+        "- rewards: `[runs.spread_reward]`",
+        "- optimizer steps: `4`",
+        "| metric | step 0 | step 4 |",  # and not the validation of step 5
+        "| `val/pass_at_1` | 0.25 | 0.75 |",
+        "| step | reward/mean | val/pass_at_1 | ref/kl |",
+        "| 3 | 0.6 | 0.5 | 0.002 |",
+        "python -m lightning_grpo export --ckpt_path run/checkpoints/last.ckpt --out out "
+        "--max_shard_gb 1.0",
+    ):
+        assert line in body.splitlines(), line
+    assert "KL of the next-token distributions" in body
+    assert "  group_size: 2" in body.splitlines()
 
 
-def test_names_cannot_break_out_of_the_card():
-    assert literal("a`b\n---\nlicense: x") == "`a'b --- license: x`"
-    assert fenced("a\n```\nb") == ["````", "a\n```\nb", "````"]
-    assert redacted("--api_key sk-123456789abc x") == "--api_key <secret> x"
+EVIL = "x\n---\nlicense: evil\n---\n```\n<img src=x onerror=alert(1)>|`` ` ```` \x1b]0;title\x07"
+
+
+def test_names_and_options_cannot_leave_their_place_in_a_card():
+    text = card_text(
+        form="merged",
+        options={"model": {"name_or_path": EVIL}, "data": {"train_data": EVIL}},
+        about={"stage": EVIL},
+        step=2,
+        rows=[{"step": "1", "reward/mean": "0.5", "val/`|<b>": "0.25"}],
+        proof=["a line"],
+        command=["python", EVIL],
+    )
+    _, front, body = text.split("---\n", 2)
+    assert "license" not in yaml.safe_load(front)
+    assert "\x1b" not in text and "\x07" not in text
+    fence = None
+    for line in body.splitlines():  # all that is evil stands between fences or in a span of code
+        if fence is None and line.startswith("```"):
+            fence = line
+        elif fence is not None and line == fence:
+            fence = None
+        elif fence is None:
+            outside = "".join(line.split("`")[::2])
+            assert "onerror" not in outside and "<b>" not in outside and "---" not in outside[:3]
+            assert line.count("`") % 2 == 0
+    assert fence is None
+    assert code("a" * 1000).count("a") == 300
+    assert block("````")[0] == "`````"
+
+
+def test_only_a_name_of_the_hub_is_called_the_base_model(char_model: str):
+    assert front_matter(char_model, "merged").get("base_model") is None
+    assert front_matter("Qwen/Qwen2.5-0.5B", "merged")["base_model_relation"] == "finetune"
+    front = front_matter("Qwen/Qwen2.5-0.5B", "adapter")
+    assert front["library_name"] == "peft" and "base_model_relation" not in front

@@ -16,7 +16,7 @@ FOLDERS = {"callbacks": ROOT / "callbacks", "conf": ROOT / "conf", "tools": ROOT
 
 # Each layer imports from itself and from those before it. A name is a module or a folder.
 LAYERS = [
-    {"types", "paths", "kernels"},
+    {"types", "paths", "kernels", "redaction"},
     {
         *("masking", "logprobs", "kl", "advantages", "losses", "intervals", "separability"),
         *("gae", "whitening", "value_loss", "dead_groups", "spread_search", "reward_quality"),
@@ -37,7 +37,7 @@ LAYERS = [
         ),
         *("data", "replay", "scoring", "rollout", "snapshot", "reference", "nonfinite", "update"),
         *("run_state", "evaluation", "metrics", "module", "distributed", "hooks"),
-        *("memory", "critic_export", "choices", "building", "levelling", "importing", "export"),
+        *("memory", "choices", "building", "levelling", "importing", "export"),
         *("optimization", "sharding", "startup", "adapters", "critic", "forward", "lifecycle"),
         *("checkpoints", "saved_run", "stages", "evidence", "switching"),
         *("resume", "queue", "json_lines", "checkpoint_paths", "diagnosis"),

@@ -32,6 +32,7 @@ from lightning_grpo.importing import (
     match_names,
     merge_lora,
     open_source,
+    planned_files,
     read_model_folder,
     wanted_model,
     write_adapter_folder,
@@ -127,8 +128,13 @@ def convert_quietly(
         f"{len(own.pairs)} adapters, {own.num_others} other tensors left out"
     )
     summary = f"{out}: {len(weights) or len(tensors)} tensors, {num_bytes / 1e9:.3f} GB"
+    torch_dtype = None if dtype == "keep" else getattr(torch, dtype)
+    max_shard_bytes = int(max_shard_gb * 1e9)
     if dry_run:
-        return [about, f"would write {summary}"]
+        planned = planned_files(
+            weights, origin.files, dtype=torch_dtype, max_shard_bytes=max_shard_bytes
+        )
+        return [about, f"would write {summary}", *file_lines(planned)]
     if to == "peft":
         assert origin.lora is not None
         write_adapter_folder(own.pairs, origin.lora, origin.base or "", origin.files, target)
@@ -139,11 +145,23 @@ def convert_quietly(
                 origin.files,
                 target,
                 class_name=wanted.class_name,
-                dtype=None if dtype == "keep" else getattr(torch, dtype),
-                max_shard_bytes=int(max_shard_gb * 1e9),
+                dtype=torch_dtype,
+                max_shard_bytes=max_shard_bytes,
                 on_bytes=advance,
             )
     return [about, f"wrote {summary}"]
+
+
+def file_lines(planned: dict[str, int | None]) -> list[str]:
+    """One line for each file that would be written.
+
+    Args:
+        planned: of `planned_files`.
+    """
+    return [
+        f"  {name}" + ("" if size is None else f"  {size:,} bytes of tensors")
+        for name, size in sorted(planned.items())
+    ]
 
 
 @dataclass(frozen=True)

@@ -53,8 +53,7 @@ class Proof:
             f"KL of the next-token distributions: {self.mean_kl:.1e} nats per token",
             f"greedy completions of {_NUM_GREEDY} tokens: {self.num_greedy_equal} of "
             f"{self.num_prompts} the same",
-            f"special tokens, chat template and the cutting of texts: the same with "
-            f"{self.tokenizer_class}",
+            tokenizer_line(self.tokenizer_class),
         ]
 
 
@@ -81,7 +80,7 @@ def prove(
     Raises:
         ExportMismatchError: tokens, logits or greedy completions differ.
     """
-    tokenizer_class = _compare_tokenizers(folder, tokenizer)
+    tokenizer_class = compare_tokenizers(folder, tokenizer)
     model: Any
     if load_base is None:
         model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False)
@@ -138,8 +137,26 @@ def _random_prompts(num_tokens: int) -> list[list[int]]:
     return [row.tolist() for row in ids]
 
 
-def _compare_tokenizers(folder: Path, tokenizer: PreTrainedTokenizerBase) -> str:
-    """The class that reads the folder's tokenizer as the source's: AutoTokenizer where it can."""
+def tokenizer_line(tokenizer_class: str) -> str:
+    """What `compare_tokenizers` gave as a sentence."""
+    return (
+        f"special tokens, chat template and the cutting of texts: the same with {tokenizer_class}"
+    )
+
+
+def compare_tokenizers(folder: Path, tokenizer: PreTrainedTokenizerBase) -> str:
+    """The class that reads the folder's tokenizer as the source's: AutoTokenizer where it can.
+
+    Args:
+        folder: as written.
+        tokenizer: the source's.
+
+    Returns:
+        Name of a class of transformers.
+
+    Raises:
+        ExportMismatchError: special tokens, chat template or the tokens of a text differ.
+    """
     again = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     for name in (*_SPECIAL, "chat_template"):
         ours, theirs = getattr(tokenizer, name, None), getattr(again, name, None)

@@ -6,6 +6,7 @@ from lightning_grpo.importing.folder import (
     ModelFiles,
     check_free,
     local_folder,
+    planned_files,
     write_adapter_folder,
     write_model_folder,
 )
@@ -28,6 +29,7 @@ __all__ = [
     "match_names",
     "merge_lora",
     "open_source",
+    "planned_files",
     "read_model_folder",
     "wanted_model",
     "write_adapter_folder",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download, split_torch_state_dict_into_shards
+from huggingface_hub import StateDictSplit, snapshot_download, split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 
 from lightning_grpo.importing.lazy import Weights
@@ -87,14 +88,7 @@ def write_model_folder(
     Returns:
         Names of the files of weights.
     """
-    types = {
-        name: dtype if dtype is not None and tensor.dtype.is_floating_point else tensor.dtype
-        for name, tensor in weights.items()
-    }
-    plan = split_torch_state_dict_into_shards(
-        {n: torch.empty(t.shape, dtype=types[n], device="meta") for n, t in weights.items()},
-        max_shard_size=max_shard_bytes,
-    )
+    types, plan = _plan(weights, dtype, max_shard_bytes)
     with _staged(out) as stage:
         for file, names in plan.filename_to_tensors.items():
             shard = {}
@@ -107,6 +101,52 @@ def write_model_folder(
             _write_json(stage / "model.safetensors.index.json", index)
         _write_descriptions(files, stage, class_name, set(types.values()))
     return list(plan.filename_to_tensors)
+
+
+def planned_files(
+    weights: Weights,
+    files: ModelFiles | None,
+    *,
+    dtype: torch.dtype | None = None,
+    max_shard_bytes: int = 5_000_000_000,
+) -> dict[str, int | None]:
+    """The files that a folder of a model, or of an adapter, would have.
+
+    Args:
+        weights: of the model; none for an adapter.
+        files: where the others come from.
+        dtype: as of `write_model_folder`.
+        max_shard_bytes: as of `write_model_folder`.
+
+    Returns:
+        Name -> bytes of tensors in it; None for a file without any, or of an adapter.
+    """
+    found: dict[str, int | None] = {}
+    others: tuple[str, ...] = ("adapter_config.json", "adapter_model.safetensors")
+    if weights:
+        types, plan = _plan(weights, dtype, max_shard_bytes)
+        for file, names in plan.filename_to_tensors.items():
+            found[file] = sum(math.prod(weights[n].shape) * types[n].itemsize for n in names)
+        others = ("config.json", *(["model.safetensors.index.json"] * plan.is_sharded))
+        if files is not None and (files.config / "generation_config.json").is_file():
+            others = (*others, "generation_config.json")
+    if files is not None:
+        others += tuple(n for n in _TOKENIZER_FILES if (files.tokenizer / n).is_file())
+    return found | dict.fromkeys(others)
+
+
+def _plan(
+    weights: Weights, dtype: torch.dtype | None, max_shard_bytes: int
+) -> tuple[dict[str, torch.dtype], StateDictSplit]:
+    types = {
+        name: dtype if dtype is not None and tensor.dtype.is_floating_point else tensor.dtype
+        for name, tensor in weights.items()
+    }
+    plan = split_torch_state_dict_into_shards(
+        {n: torch.empty(t.shape, dtype=types[n], device="meta") for n, t in weights.items()},
+        max_shard_size=max_shard_bytes,
+    )
+    return types, plan
 
 
 def write_adapter_folder(
