@@ -17,6 +17,7 @@ import lightning as L
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from lightning_grpo.callbacks.checkpoint import IterationCheckpoint
+from lightning_grpo.checkpoint_paths import shown
 from lightning_grpo.export.hub import check_login, check_name
 from lightning_grpo.export.kept_copy import keep_copy, remove_copy, remove_left_copies
 from lightning_grpo.module import GRPOModule
@@ -227,7 +228,7 @@ def best_checkpoint(trainer: L.Trainer) -> Path | None:
     """The best checkpoint that this fit has written; None before the first."""
     keepers = [c for c in trainer.checkpoint_callbacks if isinstance(c, IterationCheckpoint)]
     url = keepers[0].saved_urls.get("best") if keepers else None
-    return None if url is None else Path(url)
+    return None if url is None else Path(shown(url))
 
 
 def identity_of(checkpoint: Path) -> tuple[str, int, int] | None:

@@ -148,7 +148,7 @@ def test_the_card_has_data_configuration_curves_evaluation_proof_and_command(
         "| `val/pass_at_1` | 0.25 | 0.75 |",
         "| step | reward/mean | val/pass_at_1 | ref/kl |",
         "| 3 | 0.6 | 0.5 | 0.002 |",
-        "python -m lightning_grpo export --ckpt_path run/checkpoints/last.ckpt --out out "
+        "python -m lightning_grpo export --ckpt_path run/checkpoints/last-000004 --out out "
         "--max_shard_gb 1.0",
     ):
         assert line in body.splitlines(), line

@@ -10,6 +10,7 @@ import pytest
 import torch
 from command_lines import run, write_config
 from safetensors.torch import load_file, save_file
+from saved import read_saved
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -152,7 +153,7 @@ def test_the_critic_of_a_real_run_is_exported_by_one_command(char_model, capsys)
     checkpoint = "runs/small/version_0/checkpoints/last"
     run("export", "--ckpt_path", checkpoint, "--out", "critic", "--form", "token_values")
     assert "wrote critic" in capsys.readouterr().out
-    bias = torch.load(checkpoint, weights_only=True)["state_dict"]["critic.head.bias"]
+    bias = read_saved(checkpoint)["state_dict"]["critic.head.bias"]
     model = AutoModelForTokenClassification.from_pretrained("critic")
     assert torch.equal(model.score.bias.detach(), bias) and float(bias.abs()) > 0
 

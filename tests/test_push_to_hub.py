@@ -68,7 +68,7 @@ def test_an_export_arrives_whole_and_private(hub: Hub, char_model: str, tmp_path
     assert len([name for name in repo.files if name.endswith(".safetensors")]) > 1
     got = hub.write("me/model", tmp_path / "got")
     model = AutoModelForCausalLM.from_pretrained(got)
-    saved = torch.load(path, weights_only=True)["state_dict"]
+    saved = read_saved(path)["state_dict"]
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, saved[f"policy.model.{name}"]), name
     assert "--push_to_hub me/model --max_shard_gb" not in (got / "README.md").read_text()
