@@ -19,6 +19,9 @@ TOOLS = {
     "memory": "lightning_grpo.tools.memory",
     "benchmark": "lightning_grpo.tools.benchmark",
     "diagnose": "lightning_grpo.tools.diagnose",
+    "inspect": "lightning_grpo.tools.inspect",
+    "diff": "lightning_grpo.tools.diff",
+    "average": "lightning_grpo.tools.average",
     "export": "lightning_grpo.tools.export",
     "convert": "lightning_grpo.tools.convert",
     "generate": "lightning_grpo.tools.generate",
@@ -52,13 +55,32 @@ def run_tool(args: Sequence[str], fit_sections: Collection[str]) -> None:
     keywords: dict[str, Any] = {}
     if "overrides" in inspect.signature(function).parameters:
         options, keywords["overrides"] = split_overrides(options, fit_sections)
-    if options and not options[0].startswith("-"):  # the first parameter needs no name
-        options = [f"--{next(iter(inspect.signature(function).parameters))}", *options]
+    options = with_names(options, function)
     parser.add_function_arguments(function, skip=set(keywords), sub_configs=False)
     parsed = parser.parse_args(with_flags(options, function))
     given = {f"--{option}": value for option, value in parsed.as_dict().items()}
     refuse_secrets(given | {"the command line": keywords.get("overrides")})
     function(**parser.instantiate_classes(parsed), **keywords)
+
+
+def with_names(options: Sequence[str], function: Callable[..., Any]) -> list[str]:
+    """Give names to values that a command line begins with, in the order of the parameters.
+
+    Args:
+        options: a command line.
+        function: whose parameters these options are; when its first is a list, that takes all.
+
+    Returns:
+        The command line with a name before each value.
+    """
+    names = list(inspect.signature(function).parameters)
+    is_option = [word.startswith("-") for word in options] + [True]
+    values, rest = options[: is_option.index(True)], options[is_option.index(True) :]
+    if get_type_hints(function)[names[0]] == list[str]:
+        return [word for value in values for word in (f"--{names[0]}+", value)] + list(rest)
+    if len(values) > len(names):
+        raise ValueError(f"{values[len(names)]} is one value more than there are options")
+    return [word for name, value in zip(names, values) for word in (f"--{name}", value)] + [*rest]
 
 
 def with_flags(options: Sequence[str], function: Callable[..., Any]) -> list[str]:

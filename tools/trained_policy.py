@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from tempfile import NamedTemporaryFile
 from typing import Any, NamedTuple
 
@@ -11,6 +10,7 @@ import yaml
 from jsonargparse import Namespace
 from torch import nn
 from transformers import PreTrainedTokenizerBase
+from upath import UPath
 
 from lightning_grpo.checkpoint_paths import run_dir_of
 from lightning_grpo.critic import CRITIC_ADAPTER, CriticSettings, make_critic
@@ -152,7 +152,7 @@ def config_of(checkpoint: str, config: str | None) -> dict[str, Any]:
                 f"there is no configuration beside {checkpoint}: name it with --config"
             )
         config = str(found)
-    content = yaml.safe_load(Path(resolve_package_path(config)).read_text(encoding="utf-8"))
+    content = yaml.safe_load(UPath(resolve_package_path(config)).read_text(encoding="utf-8"))
     if not isinstance(content, dict):
         raise ValueError(f"{config} is no configuration of a run")
     return content

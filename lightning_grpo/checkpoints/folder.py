@@ -103,8 +103,8 @@ def resolve_checkpoint(url: str | os.PathLike[str]) -> str:
 
     Args:
         url: of a checkpoint; or `<folder>/last`, `<folder>/best`: the newest complete one of that
-            kind; or `<folder>/auto`: the newest of any kind whose bytes are all as they were
-            written.
+            kind; or `<folder>/auto`: the newest that a run has written, of any kind, whose bytes
+            are all as they were written.
 
     Returns:
         Path or URL of a complete checkpoint.
@@ -129,7 +129,7 @@ def _choose(folder: Place, wanted: Wanted) -> str:
         if wanted == "auto" or kind_of(name) == wanted:
             rank_zero_warn(f"the checkpoint {folder / name} is left out: {defect}")
     for checkpoint in complete:
-        if wanted == "auto":
+        if wanted == "auto" and checkpoint.manifest.kind != "other":
             if problems := verify(checkpoint):
                 rank_zero_warn(f"the checkpoint {checkpoint.url} is left out: {problems[0]}")
                 continue
