@@ -55,7 +55,7 @@ def run_tool(args: Sequence[str], fit_sections: Collection[str]) -> None:
     keywords: dict[str, Any] = {}
     if "overrides" in inspect.signature(function).parameters:
         options, keywords["overrides"] = split_overrides(options, fit_sections)
-    options = with_names(options, function)
+    options = named_values(options, function)
     parser.add_function_arguments(function, skip=set(keywords), sub_configs=False)
     parsed = parser.parse_args(with_flags(options, function))
     given = {f"--{option}": value for option, value in parsed.as_dict().items()}
@@ -63,7 +63,7 @@ def run_tool(args: Sequence[str], fit_sections: Collection[str]) -> None:
     function(**parser.instantiate_classes(parsed), **keywords)
 
 
-def with_names(options: Sequence[str], function: Callable[..., Any]) -> list[str]:
+def named_values(options: Sequence[str], function: Callable[..., Any]) -> list[str]:
     """Give names to values that a command line begins with, in the order of the parameters.
 
     Args:
